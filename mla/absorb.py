@@ -1,0 +1,182 @@
+"""W_UK and W_UV: what ``kv_b_proj`` expands with, as views; and the two products that absorb them.
+
+    w_uk_HNC, w_uv_HVC = rows of kv_b_proj.weight, per head N key rows, then V value rows
+    q_latent_BLHC = q_nope_BLHN . w_uk_HNC          values_BLHV = out_BLHC . w_uv_HVC
+
+Nothing is copied or precomputed, so optimizer steps, ``load_state_dict`` and adapters cannot leave a stale
+weight behind. The product W_UK^T W_UQ is never formed: it has three times the values of its factors.
+
+Dims: B batch, L queries, H heads, C latent, N unrotated key width, V value width.
+Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mla.checks import ShapeError, UnsupportedError
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class KeyValueWeights(NamedTuple):
+    w_uk: Tensor
+    w_uv: Tensor
+
+
+def split_kv_b(weight: Tensor, H: int, N: int, V: int) -> KeyValueWeights:
+    """Cut the weight of ``kv_b_proj`` into its key and its value part.
+
+    Args:
+        weight: ``[H*(N+V), C]``, per head N key rows, then V value rows.
+        H, N, V: heads, unrotated key width, value width.
+
+    Returns:
+        w_uk: ``[H, N, C]`` view of ``weight``.
+        w_uv: ``[H, V, C]`` view of ``weight``.
+
+    Raises:
+        ShapeError: ``weight`` has another number of rows.
+    """
+    if weight.ndim != 2 or weight.shape[0] != H * (N + V):
+        raise ShapeError(
+            f"split_kv_b: weight has shape {tuple(weight.shape)}, expected [H*(N+V)={H * (N + V)}, C] "
+            f"for H={H}, N={N}, V={V}"
+        )
+    w_uk, w_uv = weight.unflatten(0, (H, N + V)).split([N, V], dim=1)
+    return KeyValueWeights(w_uk, w_uv)
+
+
+def absorb_queries(q_nope: Tensor, w_uk: Tensor) -> Tensor:
+    """Queries that score latents directly: ``q_nope_BLHN . w_uk_HNC``.
+
+    Args:
+        q_nope: ``[B, L, H, N]``.
+        w_uk: ``[H, N, C]``.
+
+    Returns:
+        ``[B, L, H, C]``, last dim contiguous; 0 where N is 0.
+    """
+    return _per_head(q_nope, w_uk)
+
+
+def absorb_output(out: Tensor, w_uv: Tensor) -> Tensor:
+    """Values of each head from its mean latent: ``out_BLHC . w_uv_HVC``.
+
+    Args:
+        out: ``[B, L, H, C]``.
+        w_uv: ``[H, V, C]``.
+
+    Returns:
+        ``[B, L, H, V]``, last dim contiguous.
+    """
+    return _per_head(out, w_uv.transpose(1, 2))
+
+
+def _per_head(x_BLHI: Tensor, weight_HIO: Tensor) -> Tensor:
+    B, L, H, I = x_BLHI.shape  # noqa: E741
+    x_HTI = x_BLHI.reshape(B * L, H, I).transpose(0, 1)
+    return torch.bmm(x_HTI, weight_HIO).transpose(0, 1).unflatten(0, (B, L))
+
+
+def effective_weight(kv_b_proj: nn.Module) -> Tensor:
+    """The matrix that ``kv_b_proj`` multiplies with at this moment.
+
+    A plain linear layer gives its own parameter, DTensors included. A LoRA layer of peft gives
+    ``base + sum of scaling * B @ A`` over its active adapters in the dtype of the base, and the base
+    where adapters are merged or disabled. Gradients reach every part. Nothing is changed in place.
+
+    Returns:
+        ``[H*(N+V), C]``.
+
+    Raises:
+        UnsupportedError: the layer has a bias, is quantised, offloaded or of a kind that is not known
+            to multiply with one matrix.
+    """
+    if _is_peft(kv_b_proj, "tuners.lora.layer", "Linear"):
+        return _lora_weight(kv_b_proj)
+    if _is_peft(kv_b_proj, "utils.other", "ModulesToSaveWrapper"):
+        return effective_weight(_saved_module(kv_b_proj))
+    return _linear_weight(kv_b_proj)
+
+
+def _refuse(fact: str, advice: str = "") -> UnsupportedError:
+    text = f"effective_weight: kv_b_proj has {fact}, expected a linear layer of one plain matrix"
+    return UnsupportedError(f"{text}; {advice}" if advice else text)
+
+
+def _is_peft(module: nn.Module, path: str, name: str) -> bool:
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__ == f"peft.{path}"
+
+
+def _linear_weight(module: nn.Module) -> Tensor:
+    kind = type(module)
+    if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
+        raise _refuse(f"type {kind.__module__}.{kind.__qualname__}")
+    if "forward" in vars(module):
+        _check_hook(module)
+    if module.bias is not None:
+        raise _refuse("a bias", "a bias of keys cannot be absorbed; fold it away or drop it")
+    weight = module.weight
+    # Subclasses of Tensor that torch itself defines (Parameter, DTensor, fake tensors) behave as the
+    # matrix they stand for; others are packed formats.
+    if not type(weight).__module__.split(".")[0] == "torch" or weight.dtype not in FLOAT_DTYPES:
+        raise _refuse(f"a weight of type {type(weight).__name__} and dtype {weight.dtype}")
+    return weight
+
+
+def _check_hook(module: nn.Module) -> None:
+    """accelerate replaces ``forward`` of an instance: harmless unless it also moves the weight away."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    if hook is None:
+        raise _refuse("a forward method of its own")
+    if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,))):
+        raise _refuse("an offloaded weight", "keep attention layers on their device")
+
+
+def _lora_weight(module: Any) -> Tensor:
+    weight = effective_weight(module.base_layer)
+    if module.disable_adapters:
+        # peft would unmerge here, in place; subtracting leaves the model as it is.
+        return _add_deltas(module, weight, module.merged_adapters, sign=-1.0)
+    if module.merged:
+        return weight
+    return _add_deltas(module, weight, module.active_adapters, sign=1.0)
+
+
+def _add_deltas(module: Any, weight: Tensor, adapters: list[str], *, sign: float) -> Tensor:
+    for name in adapters:
+        if name not in module.lora_A:
+            continue
+        _check_adapter(module, name, is_applied_to_input=sign > 0)
+        up, down = module.lora_B[name].weight, module.lora_A[name].weight
+        weight = (weight + sign * module.scaling[name] * (up @ down)).to(weight.dtype)
+    return weight
+
+
+def _check_adapter(module: Any, name: str, *, is_applied_to_input: bool) -> None:
+    if name in getattr(module, "lora_variant", {}) or getattr(module, "use_dora", {}).get(name):
+        variant = getattr(module, "lora_variant", {}).get(name)
+        raise _refuse(f"adapter {name!r} of variant {getattr(variant, '__name__', 'DoRA')}")
+    if module.lora_B[name].bias is not None:
+        raise _refuse(f"adapter {name!r} with a bias")
+    if getattr(module, "fan_in_fan_out", False):
+        raise _refuse(f"adapter {name!r} with fan_in_fan_out")
+    dropout = getattr(module.lora_dropout[name], "p", 0.0)
+    if module.training and dropout > 0.0 and is_applied_to_input:
+        raise _refuse(
+            f"adapter {name!r} with dropout {dropout} in training",
+            "train this adapter with lora_dropout=0, or call eval()",
+        )
+
+
+def _saved_module(wrapper: Any) -> nn.Module:
+    """The one of its copies that peft's ``modules_to_save`` wrapper runs."""
+    active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    if wrapper.disable_adapters or not active:
+        return wrapper.original_module
+    return wrapper.modules_to_save[active[0]]
