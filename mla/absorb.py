@@ -3,8 +3,9 @@
     w_uk_HNC, w_uv_HVC = rows of kv_b_proj.weight, per head N key rows, then V value rows
     q_latent_BLHC = q_nope_BLHN . w_uk_HNC          values_BLHV = out_BLHC . w_uv_HVC
 
-Nothing is copied or precomputed, so optimizer steps, ``load_state_dict`` and adapters cannot leave a stale
-weight behind. The product W_UK^T W_UQ is never formed: it has three times the values of its factors.
+Nothing is copied or precomputed, so optimizer steps, ``load_state_dict`` and adapters leave no
+stale weight behind. The product W_UK^T W_UQ is never formed: for DeepSeek-V3 it has three times the
+values of its factors.
 
 Dims: B batch, L queries, H heads, C latent, N unrotated key width, V value width.
 Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.2.
@@ -43,11 +44,11 @@ def split_kv_b(weight: Tensor, H: int, N: int, V: int) -> KeyValueWeights:
     """
     if weight.ndim != 2 or weight.shape[0] != H * (N + V):
         raise ShapeError(
-            f"split_kv_b: weight has shape {tuple(weight.shape)}, expected [H*(N+V)={H * (N + V)}, C] "
-            f"for H={H}, N={N}, V={V}"
+            f"split_kv_b: weight has shape {tuple(weight.shape)}, "
+            f"expected [H*(N+V)={H * (N + V)}, C] for H={H}, N={N}, V={V}"
         )
-    w_uk, w_uv = weight.unflatten(0, (H, N + V)).split([N, V], dim=1)
-    return KeyValueWeights(w_uk, w_uv)
+    weight_HIC = weight.view(H, N + V, weight.shape[1])
+    return KeyValueWeights(weight_HIC[:, :N], weight_HIC[:, N:])
 
 
 def absorb_queries(q_nope: Tensor, w_uk: Tensor) -> Tensor:
@@ -79,22 +80,22 @@ def absorb_output(out: Tensor, w_uv: Tensor) -> Tensor:
 def _per_head(x_BLHI: Tensor, weight_HIO: Tensor) -> Tensor:
     B, L, H, I = x_BLHI.shape  # noqa: E741
     x_HTI = x_BLHI.reshape(B * L, H, I).transpose(0, 1)
-    return torch.bmm(x_HTI, weight_HIO).transpose(0, 1).unflatten(0, (B, L))
+    return torch.bmm(x_HTI, weight_HIO).transpose(0, 1).view(B, L, H, weight_HIO.shape[2])
 
 
 def effective_weight(kv_b_proj: nn.Module) -> Tensor:
     """The matrix that ``kv_b_proj`` multiplies with at this moment.
 
     A plain linear layer gives its own parameter, DTensors included. A LoRA layer of peft gives
-    ``base + sum of scaling * B @ A`` over its active adapters in the dtype of the base, and the base
-    where adapters are merged or disabled. Gradients reach every part. Nothing is changed in place.
+    ``base + sum of scaling * B @ A`` over its active adapters, in the dtype of the base, and the
+    base where adapters are merged or disabled. Gradients reach every part; nothing is changed.
 
     Returns:
         ``[H*(N+V), C]``.
 
     Raises:
-        UnsupportedError: the layer has a bias, is quantised, offloaded or of a kind that is not known
-            to multiply with one matrix.
+        UnsupportedError: the layer has a bias, is quantised or offloaded, or is of a kind that is
+            not known to multiply with one matrix.
     """
     if _is_peft(kv_b_proj, "tuners.lora.layer", "Linear"):
         return _lora_weight(kv_b_proj)
@@ -122,15 +123,16 @@ def _linear_weight(module: nn.Module) -> Tensor:
     if module.bias is not None:
         raise _refuse("a bias", "a bias of keys cannot be absorbed; fold it away or drop it")
     weight = module.weight
-    # Subclasses of Tensor that torch itself defines (Parameter, DTensor, fake tensors) behave as the
-    # matrix they stand for; others are packed formats.
-    if not type(weight).__module__.split(".")[0] == "torch" or weight.dtype not in FLOAT_DTYPES:
+    # Subclasses of Tensor that torch itself defines (Parameter, DTensor, fake tensors) behave as
+    # the matrix they stand for; others are packed formats.
+    is_plain = type(weight).__module__.split(".")[0] == "torch"
+    if not is_plain or weight.dtype not in FLOAT_DTYPES:
         raise _refuse(f"a weight of type {type(weight).__name__} and dtype {weight.dtype}")
     return weight
 
 
 def _check_hook(module: nn.Module) -> None:
-    """accelerate replaces ``forward`` of an instance: harmless unless it also moves the weight away."""
+    """accelerate replaces ``forward`` of an instance: harmless unless it moves the weight away."""
     hook: Any = getattr(module, "_hf_hook", None)
     if hook is None:
         raise _refuse("a forward method of its own")
@@ -177,6 +179,6 @@ def _check_adapter(module: Any, name: str, *, is_applied_to_input: bool) -> None
 def _saved_module(wrapper: Any) -> nn.Module:
     """The one of its copies that peft's ``modules_to_save`` wrapper runs."""
     active = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
-    if wrapper.disable_adapters or not active:
-        return wrapper.original_module
-    return wrapper.modules_to_save[active[0]]
+    is_original = wrapper.disable_adapters or not active
+    module: nn.Module = wrapper.original_module
+    return module if is_original else wrapper.modules_to_save.get_submodule(active[0])

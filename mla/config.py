@@ -1,19 +1,20 @@
-"""Sizes and conventions of one multi-head latent attention layer, validated when they are written down.
+"""Sizes and conventions of one multi-head latent attention layer, validated on construction.
 
     scale     = (N + R)^-0.5 * m^2        m = 0.1 * mscale_all_dim * ln(factor) + 1
     amplitude = attention_factor, or what YaRN and LongRoPE prescribe where it is None
 
-Dims: D hidden_size, H heads, Q query latent, C key-value latent, N unrotated and R rotated width of a
-query or key, V value width. Fields carry the names of the DeepSeek configs in transformers.
+Dims: D hidden_size, H heads, Q query latent, C key-value latent, N unrotated and R rotated width of
+a query or key, V value width. Fields carry the names of the DeepSeek configs in transformers.
 
-Source: DeepSeek-V2, arXiv:2405.04434, section 2.1; YaRN, arXiv:2309.00071; LongRoPE, arXiv:2402.13753.
+Source: DeepSeek-V2, arXiv:2405.04434, section 2.1; YaRN, arXiv:2309.00071; LongRoPE,
+arXiv:2402.13753.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from mla.checks import ShapeError, UnsupportedError
@@ -33,13 +34,13 @@ class RopeConfig:
             ``"none"`` keeps the shared R-wide key but turns nothing.
         theta: base of the frequencies, ``theta ** (-2 i / R)``.
         scaling: how frequencies are stretched beyond the trained context.
-        factor: stretch of the context, at least 1.
+        factor: stretch of the context.
         original_max_position_embeddings: trained context; required by llama3, yarn, longrope and
             ``query_scale_beta``.
         beta_fast, beta_slow, truncate: limits of YaRN's ramp in turns over the trained context, and
             whether they are rounded outwards to whole dims.
         mscale, mscale_all_dim: YaRN's amplitude and softmax corrections, see `amplitude` and
-            `score_factor`.
+            `score_mscale`.
         attention_factor: multiplies cos and sin; None takes what the scaling prescribes.
         low_freq_factor, high_freq_factor: limits of the llama3 ramp.
         short_factor, long_factor: longrope's divisors, R/2 each.
@@ -73,7 +74,7 @@ class RopeConfig:
         _check_choice(self, "pairing", Pairing)
         _check_choice(self, "scaling", Scaling)
         _check_number(self, "theta", above=0.0)
-        _check_number(self, "factor", at_least=1.0)
+        _check_number(self, "factor", above=0.0)
         _check_number(self, "beta_fast", above=0.0)
         _check_number(self, "beta_slow", above=0.0)
         _check_bool(self, "truncate")
@@ -103,7 +104,9 @@ class RopeConfig:
                 f"a value, because query_scale_beta is {self.query_scale_beta}",
             )
         if self.scaling == "llama3" and self.low_freq_factor >= self.high_freq_factor:  # type: ignore[operator]
-            raise _error(self, "low_freq_factor", f"less than high_freq_factor {self.high_freq_factor}")
+            raise _error(
+                self, "low_freq_factor", f"less than high_freq_factor {self.high_freq_factor}"
+            )
         if self.scaling == "yarn" and self.beta_fast < self.beta_slow:
             raise _error(self, "beta_fast", f"at least beta_slow {self.beta_slow}")
         if self.scaling == "yarn" and self.theta == 1.0:
@@ -133,11 +136,11 @@ class RopeConfig:
         return 1.0
 
     @property
-    def score_factor(self) -> float:
-        """m^2, the part of the softmax scale that comes from stretching the context."""
+    def score_mscale(self) -> float:
+        """m, whose square is the part of the softmax scale that comes from a stretched context."""
         if self.scaling == "none" or not self.mscale_all_dim:
             return 1.0
-        return _mscale(self.factor, self.mscale_all_dim) ** 2
+        return _mscale(self.factor, self.mscale_all_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +153,7 @@ class MLAConfig:
         q_lora_rank: Q, or None for one full-rank query projection.
         rope: how the R rotated numbers turn.
         latent_norm: ``"rms"`` norms the latent before it is cached, ``"none"`` has no such norm.
-        latent_norm_eps, query_norm_eps: transformers uses 1e-6 for both, whatever ``rms_norm_eps`` says.
+        latent_norm_eps, query_norm_eps: transformers uses 1e-6 for both, not ``rms_norm_eps``.
         query_scale: multiplies queries after their last projection.
         latent_scale: multiplies the latent after its norm.
         attention_bias: biases on ``q_a_proj``, ``kv_a_proj_with_mqa`` and ``o_proj``.
@@ -229,7 +232,8 @@ class MLAConfig:
         """What scores are multiplied with before softmax."""
         if self.softmax_scale is not None:
             return self.softmax_scale
-        return self.qk_head_dim**-0.5 * self.rope.score_factor
+        m = self.rope.score_mscale
+        return float(self.qk_head_dim**-0.5 * m * m)
 
     @classmethod
     def preset(cls, name: str) -> MLAConfig:
@@ -260,15 +264,20 @@ class MLAConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MLAConfig:
-        """Inverse of `to_dict`; missing fields take their defaults, unknown ones raise ``ValueError``."""
-        values = dict(values)
-        rope = values.get("rope", {})
+        """Inverse of `to_dict`; fields left out take their defaults.
+
+        Raises:
+            ValueError: a field is unknown, or a size is missing.
+        """
+        _check_keys(cls, values)
+        rope = values.get("rope", RopeConfig())
         if isinstance(rope, Mapping):
             _check_keys(RopeConfig, rope)
-            rope = RopeConfig(
-                **{name: tuple(v) if isinstance(v, list) else v for name, v in rope.items()}
-            )
-        _check_keys(cls, values)
+            given: dict[str, Any] = {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in rope.items()
+            }
+            rope = RopeConfig(**given)
         return cls(**{**values, "rope": rope})
 
     def to_dict(self) -> dict[str, Any]:
@@ -344,26 +353,18 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_keys(owner: type, values: Mapping[str, Any]) -> None:
-    known: Sequence[str] = [f.name for f in fields(owner)]  # type: ignore[arg-type]
+def _check_keys(owner: type[RopeConfig] | type[MLAConfig], values: Mapping[str, Any]) -> None:
+    known = [f.name for f in fields(owner)]
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(
-            f"{owner.__name__}.from_dict: values has unknown fields {unknown}, expected among {known}"
+            f"{owner.__name__}.from_dict: values has unknown fields {unknown}, "
+            f"expected fields among {known}"
         )
-    missing = [name for name in _required(owner) if name not in values]
-    if missing:
-        raise ValueError(f"{owner.__name__}.from_dict: values has no {missing}, expected all of them")
-
-
-def _required(owner: type) -> list[str]:
-    if owner is not MLAConfig:
-        return []
-    return [
-        "hidden_size",
-        "num_attention_heads",
-        "kv_lora_rank",
-        "qk_nope_head_dim",
-        "qk_rope_head_dim",
-        "v_head_dim",
+    missing = [
+        f.name
+        for f in fields(owner)
+        if f.default is MISSING and f.default_factory is MISSING and f.name not in values
     ]
+    if missing:
+        raise ValueError(f"{owner.__name__}.from_dict: values has no {missing}, expected them all")

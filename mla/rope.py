@@ -4,9 +4,9 @@
     (x, y)   -> (x cos - y sin, y cos + x sin)  for each pair, cos and sin times rope.amplitude
 
 Dims: L positions, R rotated width. Oracle: mla.reference.rope.
-Source: RoFormer, arXiv:2104.09864; YaRN, arXiv:2309.00071; LongRoPE, arXiv:2402.13753; the llama3 ramp
-and the order of float32 operations as in transformers' ``modeling_rope_utils``, so that angles agree
-bit for bit: at position 10,000 one rounding of a frequency moves an angle by 5e-4.
+Source: RoFormer, arXiv:2104.09864; YaRN, arXiv:2309.00071; LongRoPE, arXiv:2402.13753; the llama3
+ramp and the order of float32 operations as in transformers' ``modeling_rope_utils``, so that angles
+agree bit for bit: at position 10,000 one rounding of a frequency moves an angle by 5e-4.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def cos_sin(
     compute_dtype = torch.promote_types(dtype, torch.float32)
     table = _table_for(rope, R, compute_dtype, positions)
     if rope.scaling == "longrope":
-        is_long = (positions >= rope.original_max_position_embeddings).any()
+        is_long = (positions >= _trained_context(rope)).any()
         inv_freq = torch.where(is_long, table[1], table[0])
     else:
         inv_freq = table[0]
@@ -100,9 +100,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing) -> Tensor:
 
         x_2i, x_2i+1    -> interleaved       x_i, x_i+R/2 -> half       nothing -> none
 
-    Products and sums run in ``promote_types(x.dtype, cos.dtype)``: cos and sin in the dtype of ``x``
-    give the bits of transformers' DeepSeek-V3 family, in float32 one rounding at the end, which are the
-    bits of its DeepSeek-V2.
+    Products and sums run in ``promote_types(x.dtype, cos.dtype)``: cos and sin in the dtype of
+    ``x`` give the bits of transformers' DeepSeek-V3 family; in float32 there is one rounding, at
+    the end, as in its DeepSeek-V2.
 
     Args:
         x: ``[.., R]``.
@@ -124,7 +124,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing) -> Tensor:
             "expected an even number R and R/2"
         )
     if pairing == "interleaved":
-        first, second = x.unflatten(-1, (R // 2, 2)).unbind(-1)
+        first, second = x.view(*x.shape[:-1], R // 2, 2).unbind(-1)
         turned = (first * cos - second * sin, second * cos + first * sin)
         return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
     first, second = x.chunk(2, dim=-1)
@@ -147,7 +147,7 @@ def query_position_scale(
     if not rope.query_scale_beta:
         return None
     compute_dtype = torch.promote_types(dtype, torch.float32)
-    turns = torch.floor(positions.to(compute_dtype) / rope.original_max_position_embeddings)
+    turns = torch.floor(positions.to(compute_dtype) / _trained_context(rope))
     return (1 + rope.query_scale_beta * torch.log(1 + turns)).to(dtype)
 
 
@@ -160,10 +160,15 @@ def _check_width(rope: RopeConfig, R: int) -> None:
             raise ShapeError(f"rope: {name} has {len(values)} values, expected R/2 = {R // 2}")
 
 
-def _yarn(rope: RopeConfig, R: int, powers: Tensor) -> Tensor:
-    """Short waves keep their frequency, long ones are divided by ``factor``, a ramp between them."""
+def _trained_context(rope: RopeConfig) -> int:
     trained = rope.original_max_position_embeddings
     assert trained is not None  # RopeConfig checked it
+    return trained
+
+
+def _yarn(rope: RopeConfig, R: int, powers: Tensor) -> Tensor:
+    """Short waves keep their frequency, long ones are divided by ``factor``, a ramp between."""
+    trained = _trained_context(rope)
 
     def dim_of(turns: float) -> float:
         return R * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
@@ -181,12 +186,8 @@ def _yarn(rope: RopeConfig, R: int, powers: Tensor) -> Tensor:
 
 def _llama3(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
     """As YaRN, with the ramp in turns over the trained context instead of dims."""
-    trained, low, high = (
-        rope.original_max_position_embeddings,
-        rope.low_freq_factor,
-        rope.high_freq_factor,
-    )
-    assert trained is not None and low is not None and high is not None  # RopeConfig checked them
+    trained, low, high = _trained_context(rope), rope.low_freq_factor, rope.high_freq_factor
+    assert low is not None and high is not None  # RopeConfig checked them
     wavelength = 2 * math.pi / inv_freq
     ramp = (trained / wavelength - low) / (high - low)
     blended = (1 - ramp) * inv_freq / rope.factor + ramp * inv_freq
@@ -200,7 +201,7 @@ def _table_for(rope: RopeConfig, R: int, dtype: torch.dtype, positions: Tensor) 
     return _kept_table(rope, R, dtype, positions.device)
 
 
-# Kept, because building it on a GPU costs a dozen launches a layer, or a copy from the host that waits.
+# Kept, because building it on a GPU costs a dozen launches or a copy from the host that waits.
 @lru_cache(maxsize=1024)
 def _kept_table(rope: RopeConfig, R: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
