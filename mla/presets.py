@@ -135,7 +135,7 @@ _SCALING_FIELDS: dict[str, tuple[str, ...]] = {
 def fields_from_hf(config: Any, layer_idx: int) -> dict[str, Any]:
     """Fields of `MLAConfig` for one layer of a transformers config, see `MLAConfig.from_hf`."""
     get = _getter(config)
-    if get("kv_lora_rank") is None and get("text_config") is not None:
+    if get("text_config") is not None:  # a model of text and images
         return fields_from_hf(get("text_config"), layer_idx)
     model_type = str(get("model_type")).removesuffix("_text")
     if model_type in _BEYOND:
