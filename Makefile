@@ -1,0 +1,79 @@
+# `make demo` and `make test` do all the set-up they need. Each target ends with one line of result.
+#
+#   make env        .venv with pinned versions; PYTHON=python3.12 chooses the interpreter
+#   make data       the real model and text, fetched once; DATA=DIR chooses the folder
+#   make demo       convert a real model and show what that saves and costs
+#   make test       environment, data, checks and all tests
+#   make check      ruff, mypy, layering
+#   make bench      every benchmark, to out/bench
+#   make gpu        the tests that need a CUDA device, in the Python that has it (GPU_PYTHON=python3)
+#   make mutants    break the code line by line and require the tests to notice
+#   make thorough   the tests with many more drawn examples
+#   make clean      remove what was built, not .venv and the data
+
+PYTHON ?=
+DATA ?= .cache/mla
+GPU_PYTHON ?= python3
+TEST_ARGS ?=
+BENCH_ARGS ?=
+MUTANT_ARGS ?=
+WORKERS ?= 2
+
+PY := .venv/bin/python
+PYTEST := $(PY) -m pytest -q --data-root $(DATA)
+# The model comes from DATA, never from a hub.
+export HF_HUB_OFFLINE = 1
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help env data demo test check bench gpu mutants thorough clean
+.NOTPARALLEL:
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+env:
+	@tools/env.sh "$(PYTHON)"
+
+data: env
+	@$(PY) -m tools.data --root $(DATA)
+
+demo: data
+	@mkdir -p out/demo
+	@$(PY) -m mla demo
+	@echo "demo: passed, table above, plot and report.json in out/demo"
+
+test: data check
+	@$(PYTEST) -n $(WORKERS) --timeout 600 $(TEST_ARGS)
+
+check: env
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(PYTEST) -n 0 --no-summary tests/test_layering.py
+	@echo "check: passed (ruff, mypy, layering)"
+
+bench: data
+	@mkdir -p out/bench
+	@set -e; count=0; for script in benchmarks/bench_*.py; do \
+	    [ -e "$$script" ] || continue; \
+	    echo "bench: $$script"; \
+	    $(PY) -m benchmarks.$$(basename $$script .py) $(BENCH_ARGS); \
+	    count=$$((count + 1)); \
+	done; echo "bench: passed, $$count benchmarks, results in out/bench"
+
+gpu:
+	@$(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
+	    { echo "gpu: failed: $(GPU_PYTHON) has no torch that sees a CUDA device" >&2; exit 1; }
+	@PYTHONPATH=.:tests $(GPU_PYTHON) -m pytest -q -m cuda $(TEST_ARGS)
+
+mutants: data
+	@$(PY) -m tools.mutants $(MUTANT_ARGS)
+
+thorough: data
+	@$(PYTEST) -n $(WORKERS) --timeout 3600 --hypothesis-profile thorough $(TEST_ARGS)
+
+clean:
+	@rm -rf build out *.egg-info mla/_C.* .hypothesis .cache/ruff .cache/mypy .cache/pytest .cache/hypothesis
+	@find mla tests tools benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	@echo "clean: done (.venv and $(DATA) are kept)"
