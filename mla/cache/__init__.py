@@ -1,0 +1,6 @@
+"""Caches of latents: layouts that hold rows and show them to the ops as a `CacheView`."""
+
+from mla.cache.base import CacheFull, LatentCache
+from mla.cache.dense import DenseLatentCache
+
+__all__ = ["CacheFull", "DenseLatentCache", "LatentCache"]

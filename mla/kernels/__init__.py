@@ -1,0 +1,1 @@
+"""Implementations behind the ops; one family a file, chosen by `mla.ops.select`."""
