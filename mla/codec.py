@@ -224,23 +224,24 @@ class Int4Codec(_GroupCodec):
 
 
 Codec = PlainCodec | _GroupCodec
-CODECS: dict[str, type[Codec]] = {
-    codec.kind: codec for codec in (PlainCodec, Fp8Codec, Int8Codec, Int4Codec)
+_GROUP_CODECS: dict[str, type[_GroupCodec]] = {
+    codec.kind: codec for codec in (Fp8Codec, Int8Codec, Int4Codec)
 }
+CODECS = (PlainCodec.kind, *_GROUP_CODECS)
 
 
 @lru_cache
 def codec_from_spec(spec: str) -> Codec:
     """The codec whose ``spec`` this is; custom ops carry codecs as such strings."""
-    kind, *options = spec.split("/")
-    if kind not in CODECS or len(options) != (0 if kind == "plain" else 3):
-        raise UnsupportedError(
-            f"codec_from_spec: spec has value {spec!r}, expected one of {sorted(CODECS)}"
-        )
-    if kind == "plain":
+    if spec == PlainCodec.kind:
         return PlainCodec()
+    kind, *options = spec.split("/")
+    if kind not in _GROUP_CODECS or len(options) != 3:
+        raise UnsupportedError(
+            f"codec_from_spec: spec has value {spec!r}, expected one of {CODECS}"
+        )
     group, rope_bits, rotation = map(int, options)
-    return CODECS[kind](group=group, rope_bits=rope_bits, rotation=bool(rotation))
+    return _GROUP_CODECS[kind](group=group, rope_bits=rope_bits, rotation=bool(rotation))
 
 
 def rotate_latent(latent: Tensor) -> Tensor:

@@ -190,9 +190,11 @@ class MultiheadLatentAttention(nn.Module):
     ) -> Tensor:
         """Values ``[B, L, H, V]`` by expanded attention."""
         packed = cu_seqlens is not None
-        arguments = [query, latent.to(query.dtype), k_rope.to(query.dtype)]
+        latent, k_rope = latent.to(query.dtype), k_rope.to(query.dtype)
         result = mla_prefill(
-            *([x[0] for x in arguments] if packed else arguments),
+            query[0] if packed else query,
+            latent[0] if packed else latent,
+            k_rope[0] if packed else k_rope,
             effective_weight(self.kv_b_proj).to(query.dtype),
             scale=self.config.scale,
             key_starts=key_starts,
@@ -270,8 +272,8 @@ class MultiheadLatentAttention(nn.Module):
             return
         if cache.batch_size != sizes["B"] or self.layer_idx >= cache.num_layers:
             raise ShapeError(
-                f"{name}: cache has {cache.batch_size} rows and {cache.num_layers} layers, expected "
-                f"B={sizes['B']} rows and more than layer_idx={self.layer_idx} layers"
+                f"{name}: cache has {cache.batch_size} rows and {cache.num_layers} layers, "
+                f"expected B={sizes['B']} rows and more than layer_idx={self.layer_idx} layers"
             )
         held = cache.configs[self.layer_idx]
         if (held.kv_lora_rank, held.qk_rope_head_dim) != self._row_sizes:

@@ -6,10 +6,21 @@ V value width of a head.
 
 from __future__ import annotations
 
-from mla.config import MLAConfig
+from typing import Protocol
 
 
-def should_absorb(num_queries: int, num_keys: int, config: MLAConfig) -> bool:
+class LatentSizes(Protocol):
+    """What the rule reads of an `mla.config.MLAConfig`."""
+
+    @property
+    def kv_lora_rank(self) -> int: ...
+    @property
+    def qk_nope_head_dim(self) -> int: ...
+    @property
+    def v_head_dim(self) -> int: ...
+
+
+def should_absorb(num_queries: int, num_keys: int, config: LatentSizes) -> bool:
     """Whether absorbed attention takes fewer multiplications than expanding the keys.
 
         L < T*C*d / (C*d + T*(2*C - d))    with d = N + V

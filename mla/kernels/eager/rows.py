@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mla.checks import ShapeError
 from mla.codec import rotate_latent
+from mla.config import Pairing
 from mla.rope import rotate
 from mla.view import CacheView, positions_of
 
@@ -129,7 +130,7 @@ def norm_rope_append(
     sin: Tensor,  # [B, L, R/2]
     eps: float,
     latent_scale: float,
-    pairing: str,
+    pairing: Pairing,
     new_lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Normalise, rotate and append; returns the fresh latent and key, unquantised."""
