@@ -35,6 +35,14 @@ class Runs(NamedTuple):
     ends: Tensor  # [B] int32
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's norm, with its weight in the dtype of the input: autocast mixes the two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        return nn.functional.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
 class MultiheadLatentAttention(nn.Module):
     """Multi-head latent attention under the checkpoint names of the DeepSeek models.
 
@@ -70,7 +78,7 @@ class MultiheadLatentAttention(nn.Module):
             return nn.Linear(inputs, outputs, bias=has_bias, device=device, dtype=dtype)
 
         def norm(width: int, eps: float) -> nn.RMSNorm:
-            return nn.RMSNorm(width, eps=eps, device=device, dtype=dtype)
+            return RMSNorm(width, eps=eps, device=device, dtype=dtype)
 
         if Q is None:
             self.q_proj = linear(D, H * (N + R), query_bias)
@@ -210,9 +218,10 @@ class MultiheadLatentAttention(nn.Module):
         view = cache.append(self.layer_idx, latent, k_rope)
         if cache.is_cold:
             return self._expanded(query, latent, k_rope, cache.starts, None)
-        is_ragged = cache.new_lengths is not None
-        if is_ragged or should_absorb(query.shape[1], view.max_length, self.config):
-            return self._absorbed(query, view, cache.new_lengths)
+        new_lengths = cache.new_lengths(query.shape[1])
+        is_padded = new_lengths is not None
+        if is_padded or should_absorb(query.shape[1], view.max_length, self.config):
+            return self._absorbed(query, view, new_lengths)
         past = mla_gather(view, 0, view.max_length, dtype=query.dtype, impl=self.impl)
         position = (view.lengths - query.shape[1]).long()[:, None] + torch.arange(
             query.shape[1], device=query.device
@@ -337,8 +346,8 @@ def _default_positions(
         return token - cu_seqlens[sequence]
     if cache is None:
         return token if runs is None else (token - runs.starts[:, None]).clamp(min=0)
-    new = L if cache.new_lengths is None else cache.new_lengths
-    first = cache.lengths - new
+    new_lengths = cache.new_lengths(L)
+    first = cache.lengths - (L if new_lengths is None else new_lengths)
     if cache.starts is not None:
         first = first - cache.starts
     return (first[:, None] + token).clamp(min=0)

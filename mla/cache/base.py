@@ -58,7 +58,8 @@ class LatentCache:
         self._new_lengths = torch.zeros_like(self.lengths)
         self._host_lengths = [0] * batch_size
         self._host_starts = [0] * batch_size
-        self._is_uniform = True  # all rows got the same number of new tokens
+        self._is_padded = False  # rows may have fewer new tokens than a step is long
+        self._may_pad = False
         self._most_new = 0
         self._is_cold = True  # the current step began with nothing stored
         self._pending = [False] * len(configs)  # layers that have not appended in this step
@@ -81,10 +82,10 @@ class LatentCache:
         """Whether the current step began with an empty cache, so that its tokens see no others."""
         return self._is_cold
 
-    @property
-    def new_lengths(self) -> Tensor | None:
-        """``[B]`` int32 new tokens of each row in this step; None where all rows got the same."""
-        return None if self._is_uniform else self._new_lengths
+    def new_lengths(self, num_tokens: int) -> Tensor | None:
+        """``[B]`` int32 new tokens of each row; None where each has all ``num_tokens`` of them."""
+        is_full = not self._is_padded and self._most_new == num_tokens
+        return None if is_full else self._new_lengths
 
     def reserve(
         self, new_lengths: int | Sequence[int], *, starts: Sequence[int] | None = None
@@ -94,7 +95,8 @@ class LatentCache:
         ``lengths`` changes in place, so that a captured CUDA graph sees it.
 
         Args:
-            new_lengths: tokens that each row gets, at least 0; one number for all rows alike.
+            new_lengths: tokens that each row gets, at least 0; one number for all rows alike. With
+                a sequence the step may be padded on the right beyond them.
             starts: first visible position of each row (left padding), only into an empty cache.
 
         Raises:
@@ -124,11 +126,11 @@ class LatentCache:
         self._make_room(lengths)
         self._host_lengths = lengths
         self._is_cold = is_cold
-        self._is_uniform = len(set(counts)) == 1
+        self._is_padded = len(set(counts)) > 1
+        self._may_pad = not isinstance(new_lengths, int)
         self._most_new = max(counts)
         self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
-        if not self._is_uniform:
-            self._new_lengths.copy_(torch.tensor(counts, dtype=torch.int32))
+        self._new_lengths.copy_(torch.tensor(counts, dtype=torch.int32))
         if is_cold:
             self._set_starts(starts if starts is not None and any(starts) else [0] * B)
         self._pending = [True] * len(self._pending)
@@ -172,14 +174,14 @@ class LatentCache:
                 f"{name}: layer_idx={layer_idx} has no reservation, expected reserve(new_lengths) "
                 "once before the first layer of a step"
             )
-        L = latent.shape[1] if latent.ndim == 3 else -1
-        if L < self._most_new or (self._is_uniform and L != self._most_new):
+        padding = (latent.shape[1] if latent.ndim == 3 else -1) - self._most_new
+        if padding < 0 or (padding > 0 and not self._may_pad):
             raise ShapeError(
                 f"{name}: latent has shape {tuple(latent.shape)}, "
                 f"expected [B={self.batch_size}, L={self._most_new}, C] as reserved"
             )
         view = self.view(layer_idx)
-        mla_append(view, latent, k_rope, new_lengths=self.new_lengths)
+        mla_append(view, latent, k_rope, new_lengths=self.new_lengths(latent.shape[1]))
         self._pending[layer_idx] = False
         return view
 
