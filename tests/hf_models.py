@@ -107,7 +107,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 def tiny_model(
     model_type: str, *, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any
 ) -> nn.Module:
-    """The causal language model of ``model_type`` in eval mode, with weights drawn from ``seed``."""
+    """The causal language model of ``model_type`` in eval mode, weights drawn from ``seed``."""
     return model_from_config(tiny_config(model_type, **overrides), seed=seed, dtype=dtype)
 
 

@@ -1,0 +1,34 @@
+"""Drop-in attention for the MLA models of transformers (5.15 and newer).
+
+Two lines change a loaded model:
+
+    from mla.integrations.transformers import replace_attention
+
+    report = replace_attention(model)     # in place; restore_attention(model) undoes it
+    model.generate(...)                   # decodes from the compressed cache, absorbed
+
+Files:
+
+    replace.py   patches instances of attention layers, never classes, and reports what it did
+    dispatch.py  the function that transformers calls instead, and the keywords it accepts
+    masks.py     transformers' masks as runs of visible keys
+    attend.py    absorbed or expanded attention over cached latents
+    caches.py    growing latent buffers under transformers' cache contract
+"""
+
+from mla.integrations.transformers.caches import LatentCache, LatentCacheLayer
+from mla.integrations.transformers.masks import key_run_mask
+from mla.integrations.transformers.replace import (
+    ReplacementReport,
+    replace_attention,
+    restore_attention,
+)
+
+__all__ = [
+    "LatentCache",
+    "LatentCacheLayer",
+    "ReplacementReport",
+    "key_run_mask",
+    "replace_attention",
+    "restore_attention",
+]

@@ -1,0 +1,212 @@
+"""Latent caches under transformers' `Cache` contract, one growing buffer per layer.
+
+    rows [B, capacity, C+R]   latent first, then the shared rotated key; the first T are filled
+
+transformers' own `DynamicCache` copies all it holds at every token; here a token is written into
+a buffer that grows by half when it is full, and both parts are handed out as views of it.
+
+Dims: B batch, L new tokens, T cached tokens, C latent width, R rotated width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+from mla.checks import ShapeError
+
+GROWTH = 1.5  # a full buffer is replaced by one of this many times its rows
+
+
+class LatentCacheLayer(CacheLayerMixin):
+    """The cache of one MLA layer: latents and shared keys side by side, written in place.
+
+    Takes what the attention layers of transformers pass to ``update``, ``[B, 1, L, C]`` and
+    ``[B, 1, L, R]``; sizes, dtype and device are those of the first call. Outside ``torch.no_grad``
+    rows are joined into a new buffer instead: a recorded step may need the old one again.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self) -> None:
+        # Not the parent's: it assigns ``keys`` and ``values``, which are views here.
+        self.rows: Tensor | None = None  # [B, capacity, C+R]
+        self.length = 0
+        self.latent_width = 0
+        self.is_initialized = False
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[B, 1, T, C]`` view of the latents, None before the first token."""
+        return None if self.rows is None else self._views()[0]
+
+    @property
+    def values(self) -> Tensor | None:
+        """``[B, 1, T, R]`` view of the shared keys, None before the first token."""
+        return None if self.rows is None else self._views()[1]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Set widths, dtype and device from the first tokens; allocates no rows."""
+        B, _, _, C = key_states.shape
+        dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        self.latent_width = C
+        self.rows = key_states.new_empty(B, 0, C + value_states.shape[-1], dtype=dtype)
+        self.dtype, self.device = dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append ``[B, 1, L, C]`` and ``[B, 1, L, R]``; returns views of all T tokens.
+
+        Raises:
+            ShapeError: sizes other than those of the rows held; the cache stays as it was.
+        """
+        self._check(key_states, value_states)
+        if self.rows is None:
+            self.lazy_initialization(key_states, value_states)
+        begin, end = self.length, self.length + key_states.shape[2]
+        held, C = self.rows, self.latent_width
+        assert held is not None
+        if torch.is_grad_enabled():
+            new_rows = torch.cat((key_states[:, 0], value_states[:, 0]), dim=-1)
+            self.rows = torch.cat((held[:, :begin], new_rows.to(held.dtype)), dim=1)
+        else:
+            self.rows = self._reserved(held, end)
+            self.rows[:, begin:end, :C] = key_states[:, 0]
+            self.rows[:, begin:end, C:] = value_states[:, 0]
+        self.length = end
+        return self._views()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that the next ``query_length`` queries will meet, and the first one's position."""
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """T, the tokens held."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        """-1: grows without a bound."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens; the buffer stays.
+
+        Raises:
+            ValueError: a positive count, which transformers no longer takes for a final length.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"LatentCacheLayer.crop: tokens_to_remove has value {tokens_to_remove}, expected "
+                "0 or the negative number of tokens to remove"
+            )
+        self.length = max(0, self.length + tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything, the buffer too: the next batch may have another size."""
+        self.rows, self.length, self.is_initialized = None, 0, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row ``beam_idx[b]`` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, copies side by side."""
+        if self.rows is not None:
+            index = torch.arange(self.rows.shape[0], device=self.rows.device)
+            self.batch_select_indices(index.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` (integers or a bool mask), in that order."""
+        if self.rows is None:
+            return
+        filled = self.rows[:, : self.length][indices.to(self.rows.device)]
+        rows = filled.new_empty(filled.shape[0], self.rows.shape[1], filled.shape[2])
+        rows[:, : self.length] = filled
+        self.rows = rows
+
+    def offload(self) -> None:
+        """Move the rows to the CPU."""
+        if self.rows is not None:
+            self.rows = self.rows.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        """Move the rows back to their device."""
+        if self.rows is not None and self.rows.device != self.device:
+            self.rows = self.rows.to(self.device, non_blocking=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffer, unused rows included."""
+        return 0 if self.rows is None else self.rows.nbytes
+
+    def _views(self) -> tuple[Tensor, Tensor]:
+        assert self.rows is not None
+        filled = self.rows[:, None, : self.length]
+        return filled[..., : self.latent_width], filled[..., self.latent_width :]
+
+    def _reserved(self, held: Tensor, length: int) -> Tensor:
+        """A buffer with room for ``length`` rows that may be written in place."""
+        B, capacity, width = held.shape
+        # A buffer made under inference_mode cannot be written outside of it.
+        is_frozen = held.is_inference() and not torch.is_inference_mode_enabled()
+        if length <= capacity and not is_frozen:
+            return held
+        new_capacity = max(length, int(GROWTH * capacity)) if length > capacity else capacity
+        rows = held.new_empty(B, new_capacity, width)
+        rows[:, : self.length] = held[:, : self.length]
+        return rows
+
+    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
+        B, L = key_states.shape[0], key_states.shape[2]
+        C, R = key_states.shape[-1], value_states.shape[-1]
+        fits = key_states.shape == (B, 1, L, C) and value_states.shape == (B, 1, L, R)
+        if self.rows is not None:
+            fits &= self.rows.shape[0] == B and self.rows.shape[2] == C + R
+            fits &= self.latent_width == C
+        if not fits:
+            held = "nothing" if self.rows is None else f"rows of shape {tuple(self.rows.shape)}"
+            raise ShapeError(
+                f"LatentCacheLayer.update: key_states has shape {tuple(key_states.shape)} and "
+                f"value_states {tuple(value_states.shape)}, expected [B, 1, L, C] and [B, 1, L, R] "
+                f"beside {held}; it holds the latents of MLA layers, not heads of keys"
+            )
+
+
+class LatentCache(DynamicCache):
+    """A `DynamicCache` whose full-attention layers are `LatentCacheLayer`.
+
+    ``model.generate`` makes one by itself after `replace_attention`; a model that was not replaced
+    can use one too. Linear and sliding layers of hybrid models keep the cache that transformers
+    gives them.
+
+    Args:
+        config: of the model, or of one with a text model inside.
+        offloading: as in `DynamicCache`.
+    """
+
+    def __init__(self, config: Any, **kwargs: Any) -> None:
+        super().__init__(config=config, **kwargs)
+        self.layers: list[Any] = _latent_layers(vars(self)["layers"])
+
+    @classmethod
+    def from_cache(cls, cache: DynamicCache) -> LatentCache:
+        """Take over an empty cache that transformers prepared, its settings included."""
+        latent_cache = cls.__new__(cls)
+        latent_cache.__dict__.update(vars(cache))
+        latent_cache.layers = _latent_layers(cache.layers)
+        return latent_cache
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all latent buffers, unused rows included."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, LatentCacheLayer))
+
+
+def _latent_layers(layers: list[Any]) -> list[Any]:
+    return [LatentCacheLayer() if type(layer) is DynamicLayer else layer for layer in layers]
