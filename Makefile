@@ -20,8 +20,9 @@ MUTANT_ARGS ?=
 WORKERS ?= 2
 
 PY := .venv/bin/python
-PYTEST := $(PY) -m pytest -q --data-root $(DATA)
+PYTEST := $(PY) -m pytest -q --data-root=$(DATA)
 # The model comes from DATA, never from a hub.
+export TORCH_PIP_ARGS ?=
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
@@ -71,7 +72,7 @@ mutants: data
 	@$(PY) -m tools.mutants $(MUTANT_ARGS)
 
 thorough: data
-	@$(PYTEST) -n $(WORKERS) --timeout 3600 --hypothesis-profile thorough $(TEST_ARGS)
+	@$(PYTEST) -n $(WORKERS) --timeout 3600 --hypothesis-profile=thorough $(TEST_ARGS)
 
 clean:
 	@rm -rf build out *.egg-info mla/_C.* .hypothesis .cache/ruff .cache/mypy .cache/pytest .cache/hypothesis

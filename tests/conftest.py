@@ -1,6 +1,6 @@
 """Settings that hold for every test: threads, drawn examples, the real model, the last line.
 
-Options: `--data-root DIR` for the folder that `make data` filled; `--hypothesis-profile thorough`
+Options: `--data-root=DIR` for the folder that `make data` filled; `--hypothesis-profile=thorough`
 for many more drawn examples. With the environment variable CI set to `true`, missing data is a
 failure instead of a skip and examples are drawn the same way every time.
 """

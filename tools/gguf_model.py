@@ -47,7 +47,7 @@ def write_model(gguf_file: Path, folder: Path) -> None:
     for tensor in track(reader.tensors, description="dequantise"):
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         name = hf_name(tensor.name)
-        weights[name] = half_split_rows(name, torch.from_numpy(values.copy()), config)
+        weights[name] = half_split_rows(name, torch.from_numpy(values.copy()), config.head_dim)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     print("data: reading the tokenizer", flush=True)
@@ -86,9 +86,9 @@ def hf_name(gguf_name: str) -> str:
     return f"model.layers.{layer}.{_LAYER_NAMES[kind]}.{suffix}"
 
 
-def half_split_rows(name: str, weight: Tensor, config: LlamaConfig) -> Tensor:
+def half_split_rows(name: str, weight: Tensor, head_dim: int) -> Tensor:
     """Undo GGUF's row order of the rotated projections; other weights pass."""
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return weight
-    rows = rearrange(weight, "(h r two) d -> (h two r) d", two=2, r=config.head_dim // 2)
+    rows = rearrange(weight, "(h r two) d -> (h two r) d", two=2, r=head_dim // 2)
     return rows.contiguous()
