@@ -72,9 +72,9 @@ def run(what: str, *command: str) -> None:
 def make_venv() -> None:
     """Make `.venv`, or keep one that already has this version of Python."""
     if VENV_PYTHON.exists():
-        code = "import sys; print('%d.%d' % sys.version_info[:2])"
+        code = "import pip, sys; print('%d.%d' % sys.version_info[:2])"
         result = subprocess.run([VENV_PYTHON, "-c", code], capture_output=True, text=True)
-        found = result.stdout.strip() or "that does not start"
+        found = result.stdout.strip() or "without pip, or broken"
         if found == PYTHON:
             return
         print(f"env: .venv has Python {found}; making it anew with {PYTHON}")
