@@ -51,7 +51,7 @@ check: env
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
-	@$(PYTEST) -n 0 --no-summary tests/test_layering.py
+	@$(PYTEST) -n 0 tests/test_layering.py
 	@echo "check: passed (ruff, mypy, layering)"
 
 bench: data
