@@ -16,7 +16,12 @@ Files:
     caches.py    growing latent buffers under transformers' cache contract
 """
 
-from mla.integrations.transformers.caches import LatentCache, LatentCacheLayer
+from mla.integrations.transformers.caches import (
+    LatentCache,
+    LatentCacheLayer,
+    StaticLatentCache,
+    StaticLatentLayer,
+)
 from mla.integrations.transformers.masks import key_run_mask
 from mla.integrations.transformers.replace import (
     ReplacementReport,
@@ -28,6 +33,8 @@ __all__ = [
     "LatentCache",
     "LatentCacheLayer",
     "ReplacementReport",
+    "StaticLatentCache",
+    "StaticLatentLayer",
     "key_run_mask",
     "replace_attention",
     "restore_attention",

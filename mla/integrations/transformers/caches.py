@@ -14,7 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    StaticCache,
+    StaticLayer,
+)
 
 from mla.checks import ShapeError
 
@@ -66,7 +72,7 @@ class LatentCacheLayer(CacheLayerMixin):
         Raises:
             ShapeError: sizes other than those of the rows held; the cache stays as it was.
         """
-        self._check(key_states, value_states)
+        _check_states(key_states, value_states, self.rows)
         if self.rows is None:
             self.lazy_initialization(key_states, value_states)
         begin, end = self.length, self.length + key_states.shape[2]
@@ -162,20 +168,73 @@ class LatentCacheLayer(CacheLayerMixin):
         rows[:, : self.length] = held[:, : self.length]
         return rows
 
-    def _check(self, key_states: Tensor, value_states: Tensor) -> None:
-        B, L = key_states.shape[0], key_states.shape[2]
-        C, R = key_states.shape[-1], value_states.shape[-1]
-        fits = key_states.shape == (B, 1, L, C) and value_states.shape == (B, 1, L, R)
+
+class StaticLatentLayer(StaticLayer):
+    """A `LatentCacheLayer` of fixed capacity, for compiled decoding: addresses never change.
+
+    Args:
+        max_cache_len: capacity in tokens.
+    """
+
+    def __init__(self, max_cache_len: int) -> None:
+        # Not the parent's: it assigns ``keys`` and ``values``, which are views here.
+        self.max_cache_len = max_cache_len
+        self.cumulative_length = torch.tensor(0, dtype=torch.int64)
+        self.rows: Tensor | None = None  # [B, max_cache_len, C+R]
+        self.is_initialized = False
+
+    @property
+    def keys(self) -> Tensor | None:
+        """``[B, 1, max_cache_len, C]`` view of the latents, None before the first token."""
+        return None if self.rows is None else self.rows[:, None, :, : self.latent_width]
+
+    @property
+    def values(self) -> Tensor | None:
+        """``[B, 1, max_cache_len, R]`` view of the shared keys, None before the first token."""
+        return None if self.rows is None else self.rows[:, None, :, self.latent_width :]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the rows for the batch, widths, dtype and device of the first tokens."""
+        self.batch_size, _, _, C = key_states.shape
+        self.dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        self.device, self.latent_width = key_states.device, C
+        shape = (self.batch_size, self.max_cache_len, C + value_states.shape[-1])
+        self.rows = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        if not torch.compiler.is_compiling():  # keeps CUDA graphs from copying their inputs
+            torch._dynamo.mark_static_address(self.rows)
+            torch._dynamo.mark_static_address(self.cumulative_length)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write ``[B, 1, L, C]`` and ``[B, 1, L, R]``; returns views of all slots."""
+        _check_states(key_states, value_states, self.rows)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        L, rows = key_states.shape[2], self.rows
+        assert rows is not None
+        positions = torch.arange(L, device=self.device) + self.cumulative_length
+        self.cumulative_length.add_(L)
+        new_rows = torch.cat((key_states[:, 0], value_states[:, 0]), dim=-1)
+        rows.index_copy_(1, positions, new_rows.to(rows.dtype))
+        return rows[:, None, :, : self.latent_width], rows[:, None, :, self.latent_width :]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes what row ``beam_idx[b]`` was, in place."""
         if self.rows is not None:
-            fits &= self.rows.shape[0] == B and self.rows.shape[2] == C + R
-            fits &= self.latent_width == C
-        if not fits:
-            held = "nothing" if self.rows is None else f"rows of shape {tuple(self.rows.shape)}"
-            raise ShapeError(
-                f"LatentCacheLayer.update: key_states has shape {tuple(key_states.shape)} and "
-                f"value_states {tuple(value_states.shape)}, expected [B, 1, L, C] and [B, 1, L, R] "
-                f"beside {held}; it holds the latents of MLA layers, not heads of keys"
-            )
+            self.rows.copy_(self.rows[beam_idx.to(self.rows.device)])
+
+    def offload(self) -> None:
+        """Move the rows to the CPU."""
+        if self.rows is not None:
+            self.rows = self.rows.to("cpu", non_blocking=True)
+
+    def prefetch(self) -> None:
+        """Move the rows back to their device."""
+        if self.rows is not None and self.rows.device != self.device:
+            self.rows = self.rows.to(self.device, non_blocking=True)
 
 
 class LatentCache(DynamicCache):
@@ -192,15 +251,7 @@ class LatentCache(DynamicCache):
 
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config=config, **kwargs)
-        self.layers: list[Any] = _latent_layers(vars(self)["layers"])
-
-    @classmethod
-    def from_cache(cls, cache: DynamicCache) -> LatentCache:
-        """Take over an empty cache that transformers prepared, its settings included."""
-        latent_cache = cls.__new__(cls)
-        latent_cache.__dict__.update(vars(cache))
-        latent_cache.layers = _latent_layers(cache.layers)
-        return latent_cache
+        hold_latents_(self)
 
     @property
     def nbytes(self) -> int:
@@ -208,5 +259,44 @@ class LatentCache(DynamicCache):
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, LatentCacheLayer))
 
 
-def _latent_layers(layers: list[Any]) -> list[Any]:
-    return [LatentCacheLayer() if type(layer) is DynamicLayer else layer for layer in layers]
+class StaticLatentCache(StaticCache):
+    """A `StaticCache` whose full-attention layers are `StaticLatentLayer`.
+
+    ``model.generate(..., cache_implementation="static")`` makes such layers by itself after
+    `replace_attention`.
+
+    Args:
+        config: of the model, or of one with a text model inside.
+        max_cache_len: capacity in tokens.
+        offloading: as in `StaticCache`.
+    """
+
+    def __init__(self, config: Any, max_cache_len: int, **kwargs: Any) -> None:
+        super().__init__(config, max_cache_len, **kwargs)
+        hold_latents_(self)
+
+
+def hold_latents_(cache: Any) -> None:
+    """Give an empty dynamic or static cache of transformers latent layers for full attention."""
+    cache.layers = [_latent_layer(layer) for layer in cache.layers]
+
+
+def _latent_layer(layer: Any) -> Any:
+    if type(layer) is DynamicLayer:
+        return LatentCacheLayer()
+    return StaticLatentLayer(layer.max_cache_len) if type(layer) is StaticLayer else layer
+
+
+def _check_states(key_states: Tensor, value_states: Tensor, rows: Tensor | None) -> None:
+    B, L = key_states.shape[0], key_states.shape[2]
+    C, R = key_states.shape[-1], value_states.shape[-1]
+    fits = key_states.shape == (B, 1, L, C) and value_states.shape == (B, 1, L, R)
+    if rows is not None:
+        fits = fits and rows.shape[0] == B and rows.shape[2] == C + R
+    if not fits:
+        held = "nothing yet" if rows is None else f"rows of shape {tuple(rows.shape)}"
+        raise ShapeError(
+            f"LatentCache.update: key_states has shape {tuple(key_states.shape)} and value_states "
+            f"{tuple(value_states.shape)}, expected [B, 1, L, C] and [B, 1, L, R] beside {held}; "
+            "it holds latents of MLA layers, not heads of keys"
+        )

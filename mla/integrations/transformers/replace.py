@@ -20,12 +20,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from mla.absorb import effective_weight
 from mla.checks import UnsupportedError
 from mla.codec import Codec, PlainCodec
-from mla.integrations.transformers.caches import LatentCache
+from mla.integrations.transformers.caches import LatentCache, hold_latents_
 from mla.integrations.transformers.dispatch import IMPLEMENTATION, RECORD
 
 LAYER_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -57,9 +57,10 @@ def replace_attention(
 ) -> ReplacementReport:
     """Make the MLA layers of ``model`` decode straight from their latents, changed in place.
 
-    ``generate`` then also uses a `LatentCache` where the caller chose no cache. Tokens stay those
-    of the stock model up to rounding. Calling it again replaces again, with the new options. All
-    layers of one decoder share a mask, so a decoder is replaced whole or left whole.
+    ``generate`` then also uses a `LatentCache` where the caller chose no cache, and latent layers
+    in a static one. Tokens stay those of the stock model up to rounding. Calling it again replaces
+    again, with the new options. All layers of one decoder share a mask, so a decoder is replaced
+    whole or left whole.
 
     Args:
         model: a model of transformers 5.15 or newer, or a module that holds one (a peft model).
@@ -129,9 +130,12 @@ class _CachePreparer:
         stock = type(model)._prepare_cache_for_generation
         result = stock(model, generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
-        is_default = given is None and generation_config.cache_implementation is None
-        if is_default and type(cache) is DynamicCache:
-            model_kwargs["past_key_values"] = LatentCache.from_cache(cache)
+        chosen = generation_config.cache_implementation
+        if given is None and type(cache) is DynamicCache and chosen is None:
+            cache.__class__ = LatentCache
+            hold_latents_(cache)
+        elif given is None and type(cache) is StaticCache:
+            hold_latents_(cache)
         return result
 
 
