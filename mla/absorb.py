@@ -175,9 +175,10 @@ def _add_deltas(module: Any, weight: Tensor, adapters: list[str], *, sign: float
 
 
 def _check_adapter(module: Any, name: str, *, is_applied_to_input: bool) -> None:
-    if name in getattr(module, "lora_variant", {}) or getattr(module, "use_dora", {}).get(name):
-        variant = getattr(module, "lora_variant", {}).get(name)
-        raise _refuse(f"adapter {name!r} of variant {getattr(variant, '__name__', 'DoRA')}")
+    if name in getattr(module, "lora_variant", {}):
+        raise _refuse(f"adapter {name!r} of variant {type(module.lora_variant[name]).__name__}")
+    if getattr(module, "use_dora", {}).get(name):  # how older versions of peft say it
+        raise _refuse(f"adapter {name!r} of variant DoRA")
     if module.lora_B[name].bias is not None:
         raise _refuse(f"adapter {name!r} with a bias")
     if getattr(module, "fan_in_fan_out", False):
