@@ -96,6 +96,8 @@ def install() -> None:
     # torch comes first and alone: the build of the package needs it, and TORCH_PIP_ARGS can say
     # which build of it to take, for example the smaller one without CUDA.
     torch_arguments = shlex.split(os.environ.get("TORCH_PIP_ARGS", ""))
+    for stale in (ROOT / "mla").glob("_C.*"):  # without a compiler it would stay and be loaded
+        stale.unlink()
     run("installing torch", *pip, *torch_arguments, "torch", "setuptools")
     run("installing tools and mla", *pip, "--no-build-isolation", "--editable", f".[{EXTRAS}]")
 
