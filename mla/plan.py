@@ -1,26 +1,31 @@
-"""What a step costs, from its sizes alone.
+"""What a step costs, from its sizes alone: bytes cached, multiply-adds, and where two forms cross.
 
-Dims: L new queries, T keys they attend to (their own included), C latent width, N unrotated and
-V value width of a head.
+Dims: D model width, H heads, G key-value heads, L new queries, T keys they attend to (their own
+included), Q query latent, C key-value latent, N unrotated, R rotated and V value width of a head.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple
+
+import torch
+
+from mla.codec import Codec, PlainCodec
+from mla.config import MLAConfig
 
 
-class LatentSizes(Protocol):
-    """What the rule reads of an `mla.config.MLAConfig`."""
+class StepCost(NamedTuple):
+    """Multiply-adds of one attention layer for one new token: ``fixed + per_key * T``."""
 
-    @property
-    def kv_lora_rank(self) -> int: ...
-    @property
-    def qk_nope_head_dim(self) -> int: ...
-    @property
-    def v_head_dim(self) -> int: ...
+    fixed: int
+    per_key: int
+
+    def at(self, num_keys: int) -> int:
+        """Multiply-adds with ``num_keys`` tokens to attend to."""
+        return self.fixed + self.per_key * num_keys
 
 
-def should_absorb(num_queries: int, num_keys: int, config: LatentSizes) -> bool:
+def should_absorb(num_queries: int, num_keys: int, config: MLAConfig) -> bool:
     """Whether absorbed attention takes fewer multiplications than expanding the keys.
 
         L < T*C*d / (C*d + T*(2*C - d))    with d = N + V
@@ -37,3 +42,80 @@ def should_absorb(num_queries: int, num_keys: int, config: LatentSizes) -> bool:
     L, T, C = num_queries, num_keys, config.kv_lora_rank
     d = config.qk_nope_head_dim + config.v_head_dim
     return L < T and L * (C * d + T * (2 * C - d)) < T * C * d
+
+
+def bytes_per_token(
+    config: MLAConfig, codec: Codec | None = None, *, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """Bytes that one layer caches for one token.
+
+    Args:
+        config: of the layer.
+        codec: how a row is stored; None: C + R plain values.
+        dtype: of plain values.
+    """
+    codec = codec or PlainCodec()
+    width = codec.row_width(config.kv_lora_rank, config.qk_rope_head_dim)
+    return width * codec.storage_dtype(dtype).itemsize
+
+
+def grouped_bytes_per_token(
+    num_kv_heads: int, head_dim: int, *, dtype: torch.dtype = torch.bfloat16
+) -> int:
+    """The same for grouped-query attention: a key and a value for each key-value head."""
+    return 2 * num_kv_heads * head_dim * dtype.itemsize
+
+
+def absorbed_step(config: MLAConfig) -> StepCost:
+    """One decode step of the layer in the absorbed form, projections included.
+
+    per_key = H * (2*C + R)      scores over C + R numbers, sums over C
+    """
+    D, H, Q, C = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.q_lora_rank,
+        config.kv_lora_rank,
+    )
+    N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    query = D * H * (N + R) if Q is None else D * Q + Q * H * (N + R)
+    fixed = query + D * (C + R) + H * C * (N + V) + H * V * D
+    return StepCost(fixed, H * (2 * C + R))
+
+
+def grouped_step(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int) -> StepCost:
+    """One decode step of a layer of grouped-query attention, projections included.
+
+    per_key = H * 2 * d      scores over d numbers, sums over d
+    """
+    fixed = 2 * hidden_size * head_dim * (num_heads + num_kv_heads)
+    return StepCost(fixed, num_heads * 2 * head_dim)
+
+
+def crossover(one: StepCost, other: StepCost) -> float | None:
+    """Number of keys at which the two cost the same, or None where one is always cheaper."""
+    if one.per_key == other.per_key:
+        return None
+    keys = (other.fixed - one.fixed) / (one.per_key - other.per_key)
+    return keys if keys > 0 else None
+
+
+def break_even_intensity(
+    one: StepCost, one_bytes: int, other: StepCost, other_bytes: int
+) -> float | None:
+    """Multiply-adds per byte read above which a machine runs ``one`` faster than ``other``.
+
+    For long contexts the time of a cached token is the larger of its bytes over the bandwidth and
+    its multiply-adds over the speed of the arithmetic. ``one`` reads less and computes more: it
+    wins where its arithmetic takes less time than the other's reading.
+
+    Args:
+        one, other: costs of the two forms; only ``per_key`` counts.
+        one_bytes, other_bytes: bytes cached for one token.
+
+    Returns:
+        The intensity; 0 where ``one`` needs no more arithmetic; None where it does not read less.
+    """
+    if one_bytes >= other_bytes:
+        return None
+    return 0.0 if one.per_key <= other.per_key else one.per_key / other_bytes

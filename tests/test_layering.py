@@ -25,7 +25,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "absorb": set(),
         "codec": set(),
         "view": {"codec"},
-        "plan": set(),
+        "plan": {"codec"},
         "reference": set(),
     },
     {
