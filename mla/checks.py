@@ -3,7 +3,10 @@
 Every message reads ``<op>: <argument> has <fact>, expected <requirement>[; <what can be done>]``.
 """
 
+import torch
 from torch import Tensor
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ShapeError(ValueError):
@@ -64,5 +67,5 @@ def require_device(op: str, name: str, tensor: Tensor, other_name: str, other: T
 
 def require_int32(op: str, name: str, tensor: Tensor) -> None:
     """Require an int32 tensor, the dtype of all lengths and tables."""
-    if str(tensor.dtype) != "torch.int32":
+    if tensor.dtype != torch.int32:
         raise ShapeError(f"{op}: {name} has dtype {tensor.dtype}, expected torch.int32")

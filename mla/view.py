@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from mla.checks import ShapeError, bind_dims, require_device, require_int32
+from mla.checks import FLOAT_DTYPES, ShapeError, bind_dims, require_device, require_int32
 from mla.codec import Codec, PlainCodec, codec_from_spec
 
 
@@ -25,8 +25,8 @@ class CacheView:
     cache grows it returns a new view and the old ones are stale.
 
     Attributes:
-        rows: ``[P, Z, W]``, last dim contiguous. Plain codec: a floating dtype, W = C + R, latent
-            first. Other codecs: uint8, W = ``codec.row_width(C, R)``.
+        rows: ``[P, Z, W]``, last dim contiguous. Plain codec: float64 to bfloat16, W = C + R,
+            latent first. Other codecs: uint8, W = ``codec.row_width(C, R)``, 16-byte aligned.
         page_table: ``[B, M]`` int32, or None for the dense layout, where row b is page b.
         lengths: ``[B]`` int32 on the device, one past the last written position.
         starts: ``[B]`` int32, first visible position (left padding), or None for 0.
@@ -138,15 +138,20 @@ class CacheView:
             )
         storage_dtype = self.codec.storage_dtype(self.rows.dtype)
         if self.rows.dtype != storage_dtype or (
-            self.codec.kind == "plain" and not self.rows.is_floating_point()
+            self.codec.kind == "plain" and self.rows.dtype not in FLOAT_DTYPES
         ):
             raise ShapeError(
                 f"CacheView: rows has dtype {self.rows.dtype}, expected "
-                f"{'a floating dtype' if self.codec.kind == 'plain' else storage_dtype} "
+                f"{'float64 to bfloat16' if self.codec.kind == 'plain' else storage_dtype} "
                 f"for the {self.codec.kind} codec"
             )
         if self.rows.stride(-1) != 1 and self.rows.numel() > 0:
             raise ShapeError(f"CacheView: rows has last stride {self.rows.stride(-1)}, expected 1")
+        if self.codec.kind != "plain" and not self._is_aligned():
+            raise ShapeError(
+                f"CacheView: rows has strides {self.rows.stride()} from offset "
+                f"{self.rows.storage_offset()}, expected rows at multiples of 16 bytes"
+            )
         sizes = {"B": sizes["P"]} if self.page_table is None else {}
         tables = (("page_table", "B M"), ("lengths", "B"), ("starts", "B"))
         for name, dims in tables:
@@ -157,6 +162,11 @@ class CacheView:
                 require_device("CacheView", name, tensor, "rows", self.rows)
         self._validate_shard()
         return self
+
+    def _is_aligned(self) -> bool:
+        places = zip(self.rows.shape[:2], self.rows.stride()[:2], strict=True)
+        strides = [stride for size, stride in places if size > 1]
+        return all(place % 16 == 0 for place in [*strides, self.rows.storage_offset()])
 
     def _validate_shard(self) -> None:
         index, count = self.shard

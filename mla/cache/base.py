@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mla.checks import ShapeError, UnsupportedError
+from mla.checks import FLOAT_DTYPES, ShapeError, UnsupportedError
 from mla.codec import Codec, PlainCodec
 from mla.config import MLAConfig
 from mla.ops import mla_append
@@ -53,6 +53,10 @@ class LatentCache:
         self.batch_size = batch_size
         self.codec = codec or PlainCodec()
         self.dtype = dtype or torch.get_default_dtype()
+        if self.dtype not in FLOAT_DTYPES:
+            raise ShapeError(
+                f"{type(self).__name__}: dtype has value {self.dtype}, expected float64 to bfloat16"
+            )
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.starts: Tensor | None = None
         self._new_lengths = torch.zeros_like(self.lengths)

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mla.checks import ShapeError, bind_dims, require_device, require_int32, require_same
+from mla.checks import (
+    FLOAT_DTYPES,
+    ShapeError,
+    bind_dims,
+    require_device,
+    require_int32,
+    require_same,
+)
 from mla.kernels.eager import decode as eager
 from mla.ops.library import (
     NUM_VIEW_ARGUMENTS,
@@ -99,9 +106,16 @@ def mla_decode(
     require_device("mla_decode", "view.rows", view.rows, "q_latent", q_latent)
     if query_lengths is not None:
         check_lengths("mla_decode", "query_lengths", query_lengths, sizes, q_latent)
+    check_out_dtype("mla_decode", out_dtype)
     return AttentionOutput(
         *_decode(q_latent, q_rope, *flatten_view(view), scale, query_lengths, out_dtype, impl)
     )
+
+
+def check_out_dtype(op: str, out_dtype: torch.dtype | None) -> None:
+    """Require a dtype that attention can be computed in, or None."""
+    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
+        raise ShapeError(f"{op}: out_dtype has value {out_dtype}, expected float64 to bfloat16")
 
 
 def check_lengths(

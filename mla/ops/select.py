@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from mla.checks import UnsupportedError
+from mla.checks import FLOAT_DTYPES, UnsupportedError
 
 Impl = Literal["auto", "torch"]
 OpName = Literal["mla_decode", "mla_prefill", "mla_append", "mla_gather", "merge_partials"]
@@ -22,7 +22,6 @@ OPS: tuple[OpName, ...] = (
     "mla_gather",
     "merge_partials",
 )
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Case(NamedTuple):
@@ -47,7 +46,7 @@ class Implementation:
 
 
 def _torch_reason(case: Case) -> str | None:
-    if case.dtype not in FLOATING:
+    if case.dtype not in FLOAT_DTYPES:
         return f"needs a floating dtype, got {case.dtype}"
     return None
 
