@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mla.checks import ShapeError
 from mla.codec import rotate_latent
 from mla.kernels.eager.rows import fetch, fetch_masked, local_count
 from mla.view import CacheView
@@ -29,11 +30,11 @@ MAX_SCORES = 1 << 24  # elements of one block of scores: 64 MiB in float32
 
 
 class Partial(NamedTuple):
-    """Unnormalised attention over some keys."""
+    """Attention over some keys; its log-sum-exp is ``top + log(total)``."""
 
     top: Tensor  # [b, L, H] largest score
     total: Tensor  # [b, L, H] sum of exp(score - top)
-    value: Tensor  # [b, L, H, C] sum of exp(score - top) * latent
+    value: Tensor  # [b, L, H, C] weighted mean of the latents; 0 where no key is seen
 
 
 class Run(NamedTuple):
@@ -59,13 +60,15 @@ def decode(
     query = torch.cat([q_latent, q_rope], dim=-1)
     out = torch.zeros(q_latent.shape, dtype=lse_dtype(query), device=query.device)
     lse = torch.full_like(out[..., 0], float("-inf"))
+    if query.numel() == 0:
+        return out.to(out_dtype), lse
     if query.is_cpu:
         for run in _runs(view, query.shape[1], query_lengths):
             parts = list(_visible_parts(query[run.b0 : run.b1], view, run, scale))
             if parts:
                 L = len(run.ends)
                 out[run.b0 : run.b1, :L], lse[run.b0 : run.b1, :L] = combine(parts)
-    elif query.numel():
+    else:
         out, lse = decode_masked(query, view, scale, query_lengths)
     if view.codec.rotation:
         out = rotate_latent(out)
@@ -75,6 +78,10 @@ def decode(
 def _runs(view: CacheView, L: int, query_lengths: Tensor | None) -> Iterator[Run]:
     """Group consecutive rows with the same start, length and query count."""
     lengths = view.lengths.tolist()
+    if max(lengths) > view.capacity:
+        raise ShapeError(
+            f"CacheView: lengths has values up to {max(lengths)}, expected at most {view.capacity}"
+        )
     starts = [0] * len(lengths) if view.starts is None else view.starts.tolist()
     counts = [L] * len(lengths) if query_lengths is None else query_lengths.tolist()
     rows = list(zip(starts, lengths, counts, strict=True))
@@ -134,8 +141,11 @@ def partial(
         scores = scores.masked_fill_(~seen[:, :, None], float("-inf"))
     top = scores.amax(-1)
     weights = scores.sub_(_finite(top)[..., None]).exp_()
-    value = torch.matmul(weights.to(rows.dtype).flatten(1, 2), rows[..., :C])
-    return Partial(top, weights.sum(-1), value.unflatten(1, (L, H)))
+    total = weights.sum(-1)
+    # Normalised before the product: sums over a thousand keys would overflow float16.
+    weights = weights.div_(_nonzero(total)[..., None]).to(rows.dtype)
+    value = torch.matmul(weights.flatten(1, 2), rows[..., :C])
+    return Partial(top, total, value.unflatten(1, (L, H)))
 
 
 def combine(parts: list[Partial]) -> tuple[Tensor, Tensor]:
@@ -146,16 +156,15 @@ def combine(parts: list[Partial]) -> tuple[Tensor, Tensor]:
             flat.extend(Partial(*chunk) for chunk in zip(*(x.unbind(0) for x in part), strict=True))
         else:
             flat.append(part)
+    if len(flat) == 1:
+        top, total, value = flat[0]
+        return value.to(top.dtype), top + torch.log(total)
     top = torch.stack([part.top for part in flat])
     highest = _finite(top.amax(0))
-    weight = torch.exp(top - highest)
-    total = (weight * torch.stack([part.total for part in flat])).sum(0)
-    safe = torch.where(total == 0, torch.ones_like(total), total)
-    share = (weight / safe)[..., None]
-    if len(flat) == 1:
-        out = share[0] * flat[0].value
-    else:
-        out = (share * torch.stack([part.value for part in flat])).sum(0)
+    weight = torch.exp(top - highest) * torch.stack([part.total for part in flat])
+    total = weight.sum(0)
+    share = weight / _nonzero(total)
+    out = (share[..., None] * torch.stack([part.value for part in flat])).sum(0)
     return out, highest + torch.log(total)
 
 
@@ -185,7 +194,7 @@ def merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     highest = _finite(lse.amax(0))
     weight = torch.exp(lse - highest)
     total = weight.sum(0)
-    share = weight / torch.where(total == 0, torch.ones_like(total), total)
+    share = weight / _nonzero(total)
     used = torch.where((weight == 0)[..., None], torch.zeros_like(out), out)
     return (share[..., None] * used).sum(0), highest + torch.log(total)
 
@@ -198,3 +207,8 @@ def lse_dtype(query: Tensor) -> torch.dtype:
 def _finite(top: Tensor) -> Tensor:
     """0 where no key was seen, so that ``-inf - top`` stays -inf instead of NaN."""
     return torch.where(top == float("-inf"), torch.zeros_like(top), top)
+
+
+def _nonzero(total: Tensor) -> Tensor:
+    """1 where no key was seen, so that 0 / 0 is 0."""
+    return torch.where(total == 0, torch.ones_like(total), total)
