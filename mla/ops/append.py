@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 def _check_room(op: str, view: CacheView, L: int, new_lengths: Tensor | None) -> None:
     """On a CPU: every new token has a position in the cache. Elsewhere that is the caller's."""
-    if torch.compiler.is_compiling() or not view.lengths.is_cpu or view.batch_size == 0:
+    if not view.lengths.is_cpu or view.batch_size == 0:
         return
     low = int((view.lengths - (L if new_lengths is None else new_lengths)).min())
     high = int(view.lengths.max())
@@ -51,6 +51,7 @@ def _append_kernel(*arguments: Any) -> None:
     view = unflatten_view(arguments[:NUM_VIEW_ARGUMENTS])
     latent, k_rope, new_lengths, impl = arguments[NUM_VIEW_ARGUMENTS:]
     resolve(impl, Case("mla_append", latent.device.type, latent.dtype, view.codec.kind))
+    _check_room("mla_append", view, latent.shape[1], new_lengths)
     eager.append(view, latent, k_rope, new_lengths)
 
 
@@ -96,7 +97,6 @@ def mla_append(
     require_device("mla_append", "view.rows", view.rows, "latent", latent)
     if new_lengths is not None:
         check_lengths("mla_append", "new_lengths", new_lengths, sizes, latent)
-    _check_room("mla_append", view, sizes["L"], new_lengths)
     _append(*flatten_view(view), latent.detach(), k_rope.detach(), new_lengths, impl)
 
 
@@ -106,6 +106,7 @@ def _fused_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
         NUM_VIEW_ARGUMENTS:
     ]
     resolve(impl, Case("mla_append", kv_a.device.type, kv_a.dtype, view.codec.kind))
+    _check_room("mla_norm_rope_append", view, kv_a.shape[1], new_lengths)
     return eager.norm_rope_append(
         view, kv_a, norm_weight, cos, sin, eps, latent_scale, pairing, new_lengths
     )
@@ -177,7 +178,6 @@ def mla_norm_rope_append(
         bind_dims(op, "sin", sin, "B L K", sizes)
     if new_lengths is not None:
         check_lengths(op, "new_lengths", new_lengths, sizes, kv_a)
-    _check_room(op, view, sizes["L"], new_lengths)
     weight = None if norm_weight is None else norm_weight.detach()
     return Rows(
         *_norm_rope_append(

@@ -38,13 +38,21 @@ def fetch(view: CacheView, b0: int, b1: int, begin: int, end: int, dtype: torch.
         Z = view.rows.shape[1]
         first, last = begin // Z, -(-end // Z)
         pages = view.page_table[b0:b1, first:last].long()
-        if pages.numel() and (int(pages.min()) < 0 or int(pages.max()) >= view.rows.shape[0]):
-            raise ShapeError(
-                f"CacheView: page_table has page {int(pages.min())} to {int(pages.max())} in use, "
-                f"expected 0 to {view.rows.shape[0] - 1}"
-            )
+        _check_pages(view, pages)
         stored = view.rows[pages].flatten(1, 2)[:, begin - first * Z : end - first * Z]
     return view.codec.decode(stored, view.C, view.R, dtype)
+
+
+def _check_pages(view: CacheView, pages: Tensor) -> None:
+    """On a CPU: table entries that are in use name pages. A negative one would wrap around."""
+    if not pages.is_cpu or pages.numel() == 0:
+        return
+    low, high = int(pages.min()), int(pages.max())
+    if low < 0 or high >= view.rows.shape[0]:
+        raise ShapeError(
+            f"CacheView: page_table has pages {low} to {high} in use, "
+            f"expected 0 to {view.rows.shape[0] - 1}"
+        )
 
 
 def fetch_masked(view: CacheView, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,6 +75,7 @@ def fetch_masked(view: CacheView, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
     else:
         used = stored.unflatten(1, (num_columns, Z)).any(2)
         pages = view.page_table[:, :num_columns].long().masked_fill(~used, 0)
+        _check_pages(view, pages)
         rows = view.rows[pages].flatten(1, 2)
     rows = view.codec.decode(rows, view.C, view.R, dtype).masked_fill(~stored[..., None], 0.0)
     return rows, positions, stored
@@ -104,6 +113,7 @@ def append(view: CacheView, latent: Tensor, k_rope: Tensor, new_lengths: Tensor 
     else:
         local = torch.where(valid, column // num_shards, 0)
         page = view.page_table.long().gather(1, local)
+        _check_pages(view, page[valid])
     if new_lengths is None and num_shards == 1:
         view.rows[page, slot] = coded
     else:
@@ -137,7 +147,9 @@ def norm_rope_append(
     latent, k_rope = kv_a.split([view.C, view.R], dim=-1)
     if norm_weight is not None:
         latent = torch.nn.functional.rms_norm(latent, (view.C,), norm_weight, eps)
-    latent = latent * latent_scale if latent_scale != 1.0 else latent.contiguous()
-    k_rope = rotate(k_rope, cos, sin, pairing) if pairing != "none" else k_rope.contiguous()
+    # Copies, also where nothing is computed: an op must not return a view of its input.
+    latent = latent * latent_scale if latent_scale != 1.0 else latent.clone()
+    k_rope = rotate(k_rope, cos, sin, pairing) if pairing != "none" else k_rope.clone()
+    latent, k_rope = latent.contiguous(), k_rope.contiguous()
     append(view, latent, k_rope, new_lengths)
     return latent, k_rope
