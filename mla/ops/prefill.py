@@ -11,11 +11,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mla.checks import ShapeError, UnsupportedError, bind_dims, require_int32, require_same
+from mla.checks import (
+    ShapeError,
+    UnsupportedError,
+    bind_dims,
+    require_device,
+    require_int32,
+    require_same,
+)
 from mla.kernels.eager import prefill as eager
 from mla.kernels.eager.decode import lse_dtype
-from mla.ops.decode import AttentionOutput, check_lengths
-from mla.ops.library import LIBRARY, define
+from mla.ops.decode import AttentionOutput, check_lengths, check_out_dtype
+from mla.ops.library import LIBRARY, define, refuse_gradient
 from mla.ops.select import Case, Impl, resolve
 
 Save = Literal["latent", "expanded"]
@@ -125,6 +132,7 @@ def _backward(
 
 
 torch.library.register_autograd("mla::prefill", _backward, setup_context=_setup, lib=LIBRARY)
+refuse_gradient("mla_prefill_backward", "gradients of gradients are not implemented")
 
 
 def mla_prefill(
@@ -195,6 +203,7 @@ def mla_prefill(
     for name, tensor in named:
         require_same("mla_prefill", name, tensor, "query", query)
     _check_masking(sizes, query, key_starts, key_lengths, cu_seqlens_q, cu_seqlens_k)
+    check_out_dtype("mla_prefill", out_dtype)
     if packed:
         query, latent, k_rope = query[None], latent[None], k_rope[None]
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
@@ -250,6 +259,8 @@ def _check_masking(
     if cu_seqlens_q is None:
         return
     ends_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", ends_k)):
+        require_device("mla_prefill", name, ends, "query", query)
     check_boundaries("mla_prefill", "cu_seqlens_q", cu_seqlens_q, sizes["T"])
     check_boundaries("mla_prefill", "cu_seqlens_k", ends_k, sizes["T'"])
     if ends_k.shape != cu_seqlens_q.shape:

@@ -212,8 +212,9 @@ def _keys_values(kv: Tensor, k_rope: Tensor, sizes: Sizes, width: int) -> tuple[
 
 
 def _pad(x: Tensor, width: int) -> Tensor:
-    """``[b, l, h, *]`` -> ``[b, h, l, E]``."""
-    return F.pad(x.transpose(1, 2), (0, width - x.shape[-1]))
+    """``[b, l, h, *]`` -> ``[b, h, l, E]``, last dim contiguous: the fused kernel assumes that."""
+    padded = F.pad(x.transpose(1, 2), (0, width - x.shape[-1]))
+    return padded if padded.stride(-1) == 1 else padded.contiguous()
 
 
 def _attend(
