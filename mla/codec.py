@@ -16,6 +16,9 @@ With C = 512 and R = 64 the fp8 row is the 656-byte row of DeepSeek-V3.2 (vLLM's
 that divides C, at most 128) before coding; attention rotates the queries' latent part and the
 output instead of the rows, see `rotate_latent`.
 
+NaN or infinity in a group leaves no finite value in that group, so it cannot pass for a number.
+Finite values beyond 7 times the largest float16, 458,528, saturate in int4.
+
 Dims: B.. leading dims, C latent width, R rotated width, G scale groups, W row bytes.
 Oracle: mla.reference.decode_row.
 """
@@ -148,25 +151,27 @@ class _GroupCodec:
     def decode(self, rows: Tensor, C: int, R: int, dtype: torch.dtype) -> Tensor:
         """Rows ``[.., W]`` uint8 -> ``[.., C+R]`` of ``dtype``, the latent still rotated."""
         at = self.sections(C, R)
+        product_dtype = torch.promote_types(dtype, torch.float32)
         num_scales = at.num_groups + (self.rope_bits == 8)
         scale_bytes = rows[
             ..., at.scales_at : at.scales_at + num_scales * self.scale_dtype.itemsize
         ]
-        scales = scale_bytes.view(self.scale_dtype).float()
+        scales = scale_bytes.view(self.scale_dtype).to(product_dtype)
         values = self._unpack(rows[..., : -(-C * self.value_bits // 8)], C)
         per_value = scales[..., : at.num_groups].repeat_interleave(self.group, dim=-1)[..., :C]
         latent = (values * per_value).to(dtype)
         rope_bytes = rows[..., at.rope_at : at.rope_at + R * self.rope_bits // 8]
         if self.rope_bits == 8:
-            rope = rope_bytes.view(torch.int8).float() * scales[..., -1:]
+            rope = rope_bytes.view(torch.int8) * scales[..., -1:]
         else:
             rope = rope_bytes.view(torch.bfloat16)
         return torch.cat([latent, rope.to(dtype)], dim=-1)
 
     def _scales(self, amax: Tensor) -> Tensor:
         """Scale of each group from its largest magnitude, in the dtype it is stored in."""
-        largest = 2 ** (self.value_bits - 1) - 1
-        return (amax / largest).clamp(max=torch.finfo(self.scale_dtype).max).to(self.scale_dtype)
+        scales = amax / (2 ** (self.value_bits - 1) - 1)
+        largest = torch.finfo(self.scale_dtype).max
+        return torch.where(scales.isinf(), scales, scales.clamp(max=largest)).to(self.scale_dtype)
 
     def _quantise(self, grouped: Tensor, scales: Tensor) -> Tensor:
         return _round_to(grouped, scales.float().unsqueeze(-1), 2 ** (self.value_bits - 1) - 1)
