@@ -28,9 +28,21 @@ VIEW_SCHEMA = (
 def define(
     name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define ``mla::name``, run by ``kernel`` on every device, and return the callable op."""
+    """Define ``mla::name``, run by ``kernel`` on every device, and return the callable op.
+
+    The first argument is a tensor. Autocast does not reach into the kernel: the dtypes of its
+    arguments decide, nothing else.
+    """
+
+    def run(*arguments: Any) -> Any:
+        device = arguments[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return kernel(*arguments)
+        with torch.autocast(device, enabled=False):
+            return kernel(*arguments)
+
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mla::{name}", fake, lib=LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.mla, name).default
     return op
