@@ -1,0 +1,32 @@
+"""Convert grouped-query attention to multi-head latent attention, without training.
+
+    weights, second moments of a layer's inputs -> gqa_to_mla -> config, state_dict, fit report
+
+Files, in the order of the method:
+
+    weights.py     the layer as affine maps; checks
+    statistics.py  what is measured about the inputs, summed while the model runs
+    complexes.py   RoPE pairs as complex numbers
+    rotate.py      complex principal components of the keys, frequency by frequency
+    choose.py      which of them stay rotated; how a budget is split
+    latent.py      one latent for the unrotated keys and the values
+    gqa.py         all of it: `gqa_to_mla`
+    evaluate.py    perplexity over windows, and its change with a standard error
+    checkpoint.py  converted models as folders
+
+Whole models of transformers are converted by `mla.integrations.converted`.
+"""
+
+from mla.convert.gqa import ConvertedLayer, FitReport, gqa_to_mla
+from mla.convert.statistics import InputMoments, MomentSum, attention_received
+from mla.convert.weights import AttentionWeights
+
+__all__ = [
+    "AttentionWeights",
+    "ConvertedLayer",
+    "FitReport",
+    "InputMoments",
+    "MomentSum",
+    "attention_received",
+    "gqa_to_mla",
+]

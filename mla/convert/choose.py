@@ -1,0 +1,113 @@
+"""Which components keep their rotation, and how a budget is split between rope and latent.
+
+A component that loses its rotation is multiplied by mu, the mean of its rotation over the distances
+attended to. What cannot be kept is the spread around that mean:
+
+    loss_j = energy_j * (1 - |mu_l|^2)
+
+Slow pairs hardly turn, so they lose little. The R/2 components with the largest loss stay rotated.
+
+Dims: R rotated width, C latent width, J components of a layer.
+Source: the loss extends the pair choice of MHA2MLA, arXiv:2502.14837.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+from mla.checks import ShapeError
+from mla.convert.rotate import KeyComponents
+
+Fit = TypeVar("Fit")
+
+
+class Choice(NamedTuple):
+    """Indices of components, ascending, and the loss of those that are unrotated."""
+
+    kept: Tensor
+    dropped: Tensor
+    lost_energy: float
+
+
+def choose_rotated(components: KeyComponents, rotation: Tensor, rope_dim: int) -> Choice:
+    """Keep the rotation of the ``rope_dim / 2`` components that lose most without it.
+
+    Args:
+        components: of the layer's keys.
+        rotation: mu, complex ``[d/2]``.
+        rope_dim: R.
+    """
+    spread = (1.0 - rotation.abs().square()).clamp_min(0.0)  # rounding may take it below 0
+    loss = components.energy * spread[components.frequency]
+    order = loss.argsort(descending=True, stable=True)
+    kept, dropped = order[: rope_dim // 2], order[rope_dim // 2 :]
+    return Choice(kept.sort().values, dropped.sort().values, float(loss[dropped].sum()))
+
+
+def split_candidates(
+    kv_budget: float | tuple[int, int], num_kv_heads: int, head_dim: int
+) -> list[tuple[int, int]]:
+    """Pairs (R, C) that a budget allows, R ascending.
+
+    Args:
+        kv_budget: share of the 2*G*d numbers that keys and values take now, or (R, C) itself.
+        num_kv_heads, head_dim: G and d.
+    """
+    if isinstance(kv_budget, tuple):
+        R, C = kv_budget
+        if R % 2 or not 0 <= R <= num_kv_heads * head_dim or C < 1:
+            raise ShapeError(
+                f"gqa_to_mla: kv_budget has value {kv_budget}, expected an even R of at most "
+                f"{num_kv_heads * head_dim} = num_kv_heads * head_dim and a C of at least 1"
+            )
+        return [(R, C)]
+    if not 0.0 < kv_budget <= 1.0:
+        raise ValueError(f"gqa_to_mla: kv_budget has value {kv_budget}, expected 0 < share <= 1")
+    sizes = _budget_sizes(kv_budget, num_kv_heads, head_dim)
+    if not sizes:
+        raise ValueError(
+            f"gqa_to_mla: kv_budget has value {kv_budget}, expected room for a rotated pair"
+        )
+    return sizes
+
+
+def _budget_sizes(fraction: float, num_kv_heads: int, head_dim: int) -> list[tuple[int, int]]:
+    """Pairs (R, C) that fit into ``fraction`` of the numbers that keys and values take now.
+
+    Both are multiples of 16 for real models, which fits the tiles of the kernels, and of a smaller
+    power of two for toy ones.
+    """
+    half = num_kv_heads * head_dim
+    step = 16
+    while step > 2 and 2 * half < 16 * step:
+        step //= 2
+    total = 2 * half if fraction == 1.0 else int(fraction * 2 * half) // step * step
+    rope_dims = {*range(0, half, step), half}
+    return [(R, total - R) for R in sorted(rope_dims) if total - R >= 1]
+
+
+def best_split(
+    sizes: Sequence[tuple[int, int]], fit: Callable[[int, int], Fit], error: Callable[[Fit], float]
+) -> Fit:
+    """The fit with the smallest error along a list of sizes on which it first falls, then rises.
+
+    More rotated numbers leave fewer for the latent, so one error falls while the other rises: walk
+    downhill from a third of the budget, which is where the minimum often is.
+    """
+    fits: dict[int, Fit] = {}
+
+    def error_at(index: int) -> float:
+        if index not in fits:
+            fits[index] = fit(*sizes[index])
+        return error(fits[index])
+
+    total = sum(sizes[0])
+    at = min(range(len(sizes)), key=lambda index: abs(3 * sizes[index][0] - total))
+    while True:
+        best = min((i for i in (at, at - 1, at + 1) if 0 <= i < len(sizes)), key=error_at)
+        if best == at:
+            return fits[at]
+        at = best
