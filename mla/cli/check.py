@@ -77,11 +77,10 @@ def conformance(setup: Setup, impl: str | None = None) -> list[Answer]:
         UnsupportedError: ``impl`` can run none of the ops here.
     """
     config, device, dtype = setup.config, setup.device, setup.dtype
-    weights = {name: weight.detach() for name, weight in setup.layer().state_dict().items()}
     cpu = torch.device("cpu")
 
     def oracle(conventions: Any, where: torch.device, precision: torch.dtype) -> Oracle:
-        return Oracle(config, conventions, weights, device=where, dtype=precision)
+        return Oracle(config, conventions, setup.weights, device=where, dtype=precision)
 
     right = conventions_of(config)
     truth, plain = oracle(right, cpu, torch.float64), oracle(right, device, dtype)

@@ -30,6 +30,7 @@ class Question(NamedTuple):
     actual: Callable[[], Tensors]
     expected: Callable[[Oracle], Tensors]
     slack: float = 0.0  # allowed besides rounding, such as the step of a codec
+    is_explainable: bool = True  # whether the expected values follow the conventions
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Answer:
     budget: float = 0.0
     problem: str = ""
     explanations: list[str] = field(default_factory=list)
+    is_explainable: bool = True
 
     @property
     def passed(self) -> bool:
@@ -49,9 +51,11 @@ class Answer:
 
     def sentence(self) -> str:
         """What is wrong, in words."""
-        if not self.explanations:
-            return f"{self.problem}; matches no mistake that is known" * (not self.passed) or "ok"
-        return f"{self.problem}; matches if {', or if '.join(self.explanations)}"
+        if self.explanations:
+            return f"{self.problem}; matches if {', or if '.join(self.explanations)}"
+        if self.problem and self.is_explainable:
+            return f"{self.problem}; matches under no known mistake"
+        return self.problem or "ok"
 
 
 class Misfit(NamedTuple):
@@ -71,10 +75,11 @@ def judge(
         plain: the oracle in the dtype under test, for the budget.
         mistakes: words and the float64 oracle of each wrong convention.
     """
-    answer = Answer(question.stage, question.case)
+    answer = Answer(question.stage, question.case, is_explainable=question.is_explainable)
     try:
         actual = _on_cpu(question.actual())
     except Exception as error:  # whatever a broken step raises is a finding, not our failure
+        answer.is_explainable = False
         answer.problem = f"raises {type(error).__name__}: {one_line(error)}"
         return answer
     expected, rounded = (_on_cpu(question.expected(oracle)) for oracle in (truth, plain))
@@ -82,7 +87,7 @@ def judge(
         _budget(*tensors, question.slack) for tensors in zip(actual, expected, rounded, strict=True)
     ]
     answer.error, answer.budget, answer.problem = _misfit(actual, expected, budgets)
-    if answer.problem:
+    if answer.problem and question.is_explainable:
         answer.explanations = [
             words
             for words, oracle in mistakes

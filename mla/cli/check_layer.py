@@ -20,12 +20,12 @@ from mla.cli.check_setup import Setup
 from mla.ops.select import Impl
 from mla.plan import should_absorb
 
-B, L = 2, 30
+B, L = 2, 20
 CALLS: dict[str, tuple[int, ...]] = {
     "prompt in one call": (L,),
     "prompt, then tokens": (L - 4, 1, 1, 1, 1),
     "token by token": (1,) * L,
-    "chunks of 7": (7, 7, 7, 7, 2),
+    "chunks of 7": (7, 7, 6),
     "a token, then the rest": (1, L - 1),
 }
 

@@ -91,7 +91,7 @@ def _codec_questions(setup: Setup, impl: Impl, codec: Codec) -> Iterator[Questio
 
     largest = float(torch.cat(rows, dim=-1).abs().max())
     step = (ROTATED_STEP if codec.rotation else STEP[codec.kind]) * largest
-    yield Question("append", f"{_name(codec)}: values survive", coded, drawn, step)
+    yield Question("append", f"{_name(codec)}: values survive", coded, drawn, step, False)
 
     def gathered() -> list[Tensor]:
         found = ops.mla_gather(view, 0, 5, dtype=setup.dtype, impl=impl)
@@ -157,14 +157,14 @@ def prefill_stage(setup: Setup, impl: Impl) -> Iterator[Question]:
     yield from _gradient_questions(setup, impl)
 
 
-def _weight(setup: Setup) -> Tensor:
-    return setup.layer().kv_b_proj.weight.detach()
-
-
 def _prefill_question(
     setup: Setup, impl: Impl, case: str, num_queries: int, ragged: bool
 ) -> Question:
-    query, rows, weight = setup.queries(B, num_queries), setup.rows(B, S), _weight(setup)
+    query, rows, weight = (
+        setup.queries(B, num_queries),
+        setup.rows(B, S),
+        setup.weights["kv_b_proj.weight"],
+    )
     scale = setup.config.qk_head_dim**-0.5
     starts = setup.integers(STARTS) if ragged else None
     lengths = setup.integers(LENGTHS) if ragged else setup.integers([S] * B)
@@ -187,7 +187,7 @@ def _prefill_question(
 
 def _packed_question(setup: Setup, impl: Impl) -> Question:
     ends = (0, 7, 7, S)
-    query, rows, weight = setup.queries(1, S), setup.rows(1, S), _weight(setup)
+    query, rows, weight = setup.queries(1, S), setup.rows(1, S), setup.weights["kv_b_proj.weight"]
     scale = setup.config.qk_head_dim**-0.5
 
     def actual() -> AttentionOutput:
@@ -212,7 +212,7 @@ def _packed_question(setup: Setup, impl: Impl) -> Question:
 
 def _gradient_questions(setup: Setup, impl: Impl) -> Iterator[Question]:
     names = ("query", "latent", "k_rope", "kv_b_proj")
-    inputs = (setup.queries(2, 5), *setup.rows(2, 9), _weight(setup))
+    inputs = (setup.queries(2, 5), *setup.rows(2, 9), setup.weights["kv_b_proj.weight"])
     scale = setup.config.qk_head_dim**-0.5
     weights = setup.draw(2, 5, setup.config.num_attention_heads, setup.config.v_head_dim, salt=6)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -79,21 +80,23 @@ class Setup:
     def integers(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """State of the layer: matrices that keep the size of their input, norms around 1."""
+        found = {}
+        like = MultiheadLatentAttention(self.config, device="meta", dtype=self.dtype).state_dict()
+        for salt, (name, weight) in enumerate(like.items()):
+            if weight.ndim == 2:
+                found[name] = self.draw(*weight.shape, salt=salt, size=weight.shape[1] ** -0.5)
+            else:
+                center = 1.0 if "norm" in name else 0.0
+                found[name] = center + self.draw(*weight.shape, salt=salt, size=0.2)
+        return found
+
     def layer(self, impl: Impl = "auto") -> MultiheadLatentAttention:
-        """The layer with drawn weights, the same ones each time."""
-        layer = MultiheadLatentAttention(
-            self.config,
-            impl=impl,
-            device=self.device,
-            dtype=self.dtype,
-        )
-        with torch.no_grad():
-            for salt, (name, weight) in enumerate(layer.named_parameters()):
-                if weight.ndim == 2:
-                    weight.copy_(self.draw(*weight.shape, salt=salt, size=weight.shape[1] ** -0.5))
-                else:
-                    center = 1.0 if "norm" in name else 0.0
-                    weight.copy_(center + self.draw(*weight.shape, salt=salt, size=0.2))
+        """The layer with these weights."""
+        layer = MultiheadLatentAttention(self.config, impl=impl, device="meta", dtype=self.dtype)
+        layer.load_state_dict(self.weights, assign=True)
         return layer.eval()
 
     def rows(self, B: int, S: int) -> tuple[Tensor, Tensor]:
