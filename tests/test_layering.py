@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mla"
 
 # From the bottom up: module or package -> what it may import inside its own layer. A package named
-# here is one unit: its files import each other freely, unless they are named themselves.
+# here is one unit, whose files import each other freely, unless its files are named themselves. So
+# is a family of kernels: `kernels.prefill` is `kernels/prefill.py` and `kernels/prefill_*.py`.
 LAYERS: list[dict[str, set[str]]] = [
     {"checks": set(), "presets": {"checks"}, "config": {"checks", "presets"}},
     {
@@ -31,11 +32,15 @@ LAYERS: list[dict[str, set[str]]] = [
     {
         "kernels.tiles": set(),
         "kernels.launch": set(),
-        "kernels.decode": {"kernels.tiles", "kernels.launch"},
         "kernels.merge": {"kernels.tiles", "kernels.launch"},
         "kernels.append": {"kernels.tiles", "kernels.launch"},
-        "kernels.prefill": {"kernels.tiles", "kernels.launch"},
-        "kernels.variants": set(),
+        "kernels.expand": {"kernels.tiles", "kernels.launch"},
+        "kernels.decode": {"kernels.tiles", "kernels.launch", "kernels.merge"},
+        "kernels.prefill": {"kernels.tiles", "kernels.launch", "kernels.expand"},
+        "kernels.variants": {
+            *("kernels.launch", "kernels.merge", "kernels.append"),
+            *("kernels.expand", "kernels.decode", "kernels.prefill"),
+        },
         "kernels.eager": set(),
         "kernels.cpu": set(),
         "kernels": set(),
@@ -60,6 +65,9 @@ LAYERS: list[dict[str, set[str]]] = [
     {"cli": set(), "__main__": {"cli"}},
 ]
 RANK = {unit: rank for rank, layer in enumerate(LAYERS) for unit in layer}
+OPEN = {unit.rpartition(".")[0] for unit in RANK} - {
+    ""
+}  # packages whose files are named one by one
 TOP_RANK = len(LAYERS) - 1
 
 # What may be imported when a module is loaded, besides torch, einops and the standard library.
@@ -85,11 +93,15 @@ class Import(NamedTuple):
 
 def unit_of(module: str) -> str:
     """The entry of the table that ``module``, named from below `mla`, belongs to."""
+    if module in RANK:
+        return module
+    if module.startswith("kernels."):
+        family = module.partition("_")[0]
+        if family in RANK:
+            return family
     parts = module.split(".")
-    for length in range(len(parts), 0, -1):
-        if ".".join(parts[:length]) in RANK:
-            return ".".join(parts[:length])
-    return ""
+    units = (".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1))
+    return next((unit for unit in units if unit in RANK and unit not in OPEN), "")
 
 
 def module_name(path: Path) -> str:
@@ -193,6 +205,12 @@ def test_imports_follow_the_table(path):
         ("module", "try:\n    import triton\nexcept ImportError:\n    pass", "imports triton"),
         ("", "from mla.convert import gqa_to_mla", "imports mla.convert when it is loaded"),
         ("surprise", "import torch", "no layer"),
+        ("kernels.surprise", "import torch", "no layer"),
+        (
+            "kernels.prefill_keys",
+            "from mla.kernels import decode",
+            "no arrow to mla.kernels.decode",
+        ),
     ],
 )
 def test_a_wrong_import_is_seen(module, source, complaint):
