@@ -204,10 +204,9 @@ def _table_for(rope: RopeConfig, R: int, dtype: torch.dtype, positions: Tensor) 
 # Kept, because building it on a GPU costs a dozen launches or a copy from the host that waits.
 @lru_cache(maxsize=1024)
 def _kept_table(rope: RopeConfig, R: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        # On the host first: transformers computes there, and a graph capture that would start here
-        # fails aloud instead of recording a table that later eager calls find unwritten.
-        return _table(rope, R, dtype, torch.device("cpu")).to(device)
+    # On the host first: transformers computes there, and a graph capture that would start here
+    # fails aloud instead of recording a table that later eager calls find unwritten.
+    return _table(rope, R, dtype, torch.device("cpu")).to(device)
 
 
 def _table(rope: RopeConfig, R: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -35,9 +35,6 @@ def make_layer(
     return layer
 
 
-# Views -------------------------------------------------------------------------------------------
-
-
 @given(case=CASES)
 def test_parts_are_views_of_the_weight(case):
     H, N, V, C = (case[name] for name in "HNVC")
@@ -75,9 +72,6 @@ def test_weight_of_other_shape_is_refused(shape):
         ShapeError, match=r"split_kv_b: weight has shape .* expected \[H\*\(N\+V\)=27"
     ):
         split_kv_b(torch.zeros(shape), H, N, V)
-
-
-# Products ----------------------------------------------------------------------------------------
 
 
 def drawn_products(case: dict[str, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -158,9 +152,6 @@ def test_bfloat16_gradient_reaches_the_weight():
     out.sum().backward()
     assert layer.weight.grad is not None
     assert (layer.weight.grad != 0).all()
-
-
-# The weight behind wrappers ----------------------------------------------------------------------
 
 
 def multiplies_with(layer: nn.Module) -> Tensor:

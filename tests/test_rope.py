@@ -128,9 +128,6 @@ def test_longrope_takes_the_long_frequencies_from_the_trained_context_on():
     assert cos_sin(rope, 16, torch.empty(2, 0, dtype=torch.long))[0].shape == (2, 0, 8)
 
 
-# Rotation ----------------------------------------------------------------------------------------
-
-
 def drawn_angles(*shape: int, seed: int) -> Tensor:
     return 100 * randn(*shape, seed=seed + 1, dtype=torch.float64)
 
@@ -246,9 +243,6 @@ def test_input_of_any_strides_is_turned():
         assert torch.equal(rotate(x, cos, sin, pairing), rotate(x.contiguous(), cos, sin, pairing))
 
 
-# Scale of queries by position --------------------------------------------------------------------
-
-
 @given(positions=POSITIONS, beta=st.floats(0.01, 1.0), trained=st.integers(1, 3000))
 def test_position_scale_matches_the_formula(positions, beta, trained):
     rope = RopeConfig(query_scale_beta=beta, original_max_position_embeddings=trained)
@@ -261,8 +255,6 @@ def test_position_scale_matches_the_formula(positions, beta, trained):
 def test_without_beta_there_is_no_position_scale():
     assert query_position_scale(RopeConfig(), torch.arange(3)) is None
 
-
-# Compilers ---------------------------------------------------------------------------------------
 
 YARN = RopeConfig(scaling="yarn", factor=4.0, original_max_position_embeddings=8)
 LONGROPE = RopeConfig(

@@ -55,6 +55,12 @@ HOST_ROPES: dict[str, dict[str, Any]] = {
         "rope_theta": 50000.0,
         "attention_factor": 1.25,
     },
+    "yarn-wide": {  # the ramp ends beyond the last pair
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 4096,
+        "rope_theta": 50.0,
+    },
     "longrope": {
         "rope_type": "longrope",
         "short_factor": SHORT,
