@@ -10,6 +10,9 @@ CONFIG = "tests/test_config.py"
 ROPE = "tests/test_rope.py"
 MODULE = "tests/test_module.py"
 ABSORB = "tests/test_absorb.py"
+CONFIG_HOSTS = "tests/test_config_transformers.py"
+ROPE_HOSTS = "tests/test_rope_transformers.py"
+ADAPTERS = "tests/test_absorb_adapters.py"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -67,5 +70,84 @@ MUTANTS: list[Mutant] = [
         original="return KeyValueWeights(weight_HIC[:, :N], weight_HIC[:, N:])",
         broken="return KeyValueWeights(weight_HIC[:, :N], weight_HIC[:, :V])",
         tests=(f"{ABSORB}::test_parts_are_views_of_the_weight",),
+    ),
+    Mutant(
+        name="scale-takes-mscale-without-scaling",
+        file="mla/config.py",
+        original='if self.scaling == "none" or not self.mscale_all_dim:',
+        broken="if not self.mscale_all_dim:",
+        tests=(f"{CONFIG}::test_mscale_without_scaling_leaves_the_scale_alone",),
+    ),
+    Mutant(
+        name="from-hf-scales-the-latent-as-the-queries",
+        file="mla/presets.py",
+        original='scales = {"query_scale": (D / Q) ** 0.5, "latent_scale": (D / C) ** 0.5}',
+        broken='scales = {"query_scale": (D / Q) ** 0.5, "latent_scale": (D / Q) ** 0.5}',
+        tests=(f"{CONFIG_HOSTS}::test_from_hf_describes_what_transformers_builds[longcat_flash]",),
+    ),
+    Mutant(
+        name="from-hf-ignores-rope-interleave",
+        file="mla/presets.py",
+        original='pairing = "half" if get("rope_interleave") is False else "interleaved"',
+        broken='pairing = "interleaved"',
+        tests=(f"{CONFIG_HOSTS}::test_rope_interleave_names_the_pairing",),
+    ),
+    Mutant(
+        name="from-hf-takes-linear-attention-for-latent",
+        file="mla/presets.py",
+        original='if kinds is not None and kinds[layer_idx] != "full_attention":',
+        broken="if kinds is not None and layer_idx >= len(kinds):",
+        tests=(
+            f"{CONFIG_HOSTS}::test_layer_with_linear_attention_is_refused_and_the_others_are_named",
+        ),
+    ),
+    Mutant(
+        name="rope-ramp-of-yarn-ends-at-the-last-pair",
+        file="mla/rope.py",
+        original="low, high = max(low, 0), min(high, R - 1)",
+        broken="low, high = max(low, 0), min(high, R // 2 - 1)",
+        tests=(f"{ROPE_HOSTS}::test_float32_angles_are_the_bits_of_transformers[yarn-wide]",),
+    ),
+    Mutant(
+        name="rope-angles-in-the-dtype-of-the-result",
+        file="mla/rope.py",
+        original="angles = positions.unsqueeze(-1).to(compute_dtype) * inv_freq",
+        broken="angles = positions.unsqueeze(-1).to(dtype) * inv_freq",
+        tests=(f"{ROPE_HOSTS}::test_float32_angles_are_the_bits_of_transformers[default]",),
+    ),
+    Mutant(
+        name="rope-keeps-a-fake-table",
+        file="mla/rope.py",
+        original="if torch.compiler.is_compiling() or type(positions) is not Tensor:",
+        broken="if torch.compiler.is_compiling():",
+        tests=(f"{ROPE}::test_fake_and_meta_tensors_pass_and_leave_nothing_behind",),
+    ),
+    Mutant(
+        name="rope-query-scale-grows-between-contexts",
+        file="mla/rope.py",
+        original="turns = torch.floor(positions.to(compute_dtype) / _trained_context(rope))",
+        broken="turns = positions.to(compute_dtype) / _trained_context(rope)",
+        tests=(f"{ROPE}::test_position_scale_matches_the_formula",),
+    ),
+    Mutant(
+        name="absorb-counts-a-merged-adapter-twice",
+        file="mla/absorb.py",
+        original="if module.merged:",
+        broken="if module.merged and module.disable_adapters:",
+        tests=(f"{ADAPTERS}::test_merged_adapter_is_counted_once",),
+    ),
+    Mutant(
+        name="absorb-forgets-the-scaling-of-an-adapter",
+        file="mla/absorb.py",
+        original="weight = (weight + sign * module.scaling[name] * (up @ down)).to(weight.dtype)",
+        broken="weight = (weight + sign * (up @ down)).to(weight.dtype)",
+        tests=(f"{ADAPTERS}::test_adapter_is_honoured_in_every_state",),
+    ),
+    Mutant(
+        name="absorb-ignores-dropout-of-an-adapter",
+        file="mla/absorb.py",
+        original="if module.training and dropout > 0.0 and is_applied_to_input:",
+        broken="if module.training and dropout >= 1.0 and is_applied_to_input:",
+        tests=(f"{ADAPTERS}::test_dropout_of_an_adapter_is_refused_in_training_alone",),
     ),
 ]
