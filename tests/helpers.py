@@ -110,7 +110,7 @@ def stored_rows(view: CacheView, num_positions: int) -> tuple[Tensor, Tensor]:
     NaN at positions that are not visible or not on this shard.
     """
     index, count = view.shard
-    Z, C, R, codec = view.rows.shape[1], view.C, view.R, view.codec
+    Z, C, R = view.rows.shape[1], view.C, view.R
     rows = torch.full((view.batch_size, num_positions, C + R), float("nan"), dtype=torch.float64)
     starts = [0] * view.batch_size if view.starts is None else view.starts.tolist()
     for b, (start, length) in enumerate(zip(starts, view.lengths.tolist(), strict=True)):
@@ -119,18 +119,14 @@ def stored_rows(view: CacheView, num_positions: int) -> tuple[Tensor, Tensor]:
             if column % count != index:
                 continue
             page = b if view.page_table is None else int(view.page_table[b, column // count])
-            row = view.rows[page, slot]
-            if isinstance(codec, PlainCodec):
-                rows[b, position] = row.double()
-                continue
-            latent, k_rope = reference.decode_row(
-                bytes(row.tolist()),
-                codec.kind,
-                C,
-                R,
-                group=codec.group,
-                rope_bits=codec.rope_bits,
-                rotation=codec.rotation,
-            )
-            rows[b, position] = torch.tensor(latent + k_rope, dtype=torch.float64)
+            rows[b, position] = oracle_row(view.codec, view.rows[page, slot], C, R)
     return rows[..., :C], rows[..., C:]
+
+
+def oracle_row(codec: Codec, row: Tensor, C: int, R: int) -> Tensor:
+    """``[C+R]`` float64 of one stored row, the latent rotated back."""
+    if isinstance(codec, PlainCodec):
+        return row.double()
+    options = {"group": codec.group, "rope_bits": codec.rope_bits, "rotation": codec.rotation}
+    latent, k_rope = reference.decode_row(bytes(row.tolist()), codec.kind, C, R, **options)
+    return torch.tensor(latent + k_rope, dtype=torch.float64)
