@@ -56,6 +56,7 @@ _LINEAR: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "mlp_layer_types": ["dense", "dense", "dense"],
 }
+_INDEXER: dict[str, Any] = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2}
 # What a model needs beyond SIZES; a value of None removes the size.
 EXTRA: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"rope_parameters": YARN, "topk_method": "greedy", "n_group": 1},
@@ -76,8 +77,26 @@ EXTRA: dict[str, dict[str, Any]] = {
         "head_dim": 8,
     },
     "axk1": {"rope_parameters": YARN},
+    "dots3_note_text": {
+        "use_dsa": False,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "mlp_layer_types": ["dense", "sparse"],
+        "sliding_window": 4,
+        "head_dim": 20,
+        "swa_num_attention_heads": 5,
+        "swa_num_key_value_heads": 5,
+        "swa_q_lora_rank": 20,
+        "swa_kv_lora_rank": 28,
+        "swa_head_dim": 22,
+        "swa_qk_nope_head_dim": 12,
+        "swa_v_head_dim": 10,
+    },
     "kimi_linear": _LINEAR | {"linear_head_dim": 8, "linear_num_heads": 4},
     "bailing_hybrid": _LINEAR | {"head_dim": 8, "num_mtp_layers": 0},
+    "deepseek_v32": _INDEXER,
+    "glm_moe_dsa": _INDEXER,
+    "axk2": _INDEXER,
+    "hy_v4": _INDEXER,
 }
 STANDARD = (
     "deepseek_v2",
@@ -89,7 +108,9 @@ STANDARD = (
     "longcat_flash",
     "axk1",
 )
-HYBRID = ("kimi_linear", "bailing_hybrid")  # MLA beside linear attention; since transformers 5.20
+# MLA beside linear or sliding attention; newer than the oldest transformers that is tested.
+HYBRID = ("kimi_linear", "bailing_hybrid", "dots3_note_text")
+SPARSE = ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4")  # an indexer selects the keys
 
 
 def tiny_config(model_type: str, **overrides: Any) -> Any:
@@ -117,8 +138,13 @@ def model_from_config(
     """Like `tiny_model`, from a config object that stays the model's own."""
     import transformers
 
-    causal = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForCausalLM")
-    model = causal._from_config(config, attn_implementation="sdpa", experts_implementation="eager")
+    name = type(config).__name__.removesuffix("Config").removesuffix("Text")
+    causal = getattr(transformers, f"{name}ForCausalLM")
+    # Stock eager attention gives NaN for padded rows in float64; hy_v4 has no other.
+    attention = "sdpa" if getattr(causal, "_supports_sdpa", False) else "eager"
+    model = causal._from_config(
+        config, attn_implementation=attention, experts_implementation="eager"
+    )
     model = model.to(dtype).eval()
     draw_weights_(model, seed)
     model.generation_config.eos_token_id = None  # compare full-length continuations

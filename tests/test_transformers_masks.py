@@ -60,10 +60,12 @@ def test_runs_of_keys_equal_the_boolean_mask(case: dict[str, Any]) -> None:
     assert torch.equal(got & is_read, expected & is_read)
 
 
-@given(seed=st.integers(0, 2**31 - 1), num_queries=st.integers(1, 4))
-def test_rows_with_holes_stay_boolean(seed: int, num_queries: int) -> None:
+@given(seed=st.integers(0, 2**31 - 1), num_queries=st.integers(1, 4), padded=st.booleans())
+def test_rows_with_holes_stay_boolean(seed: int, num_queries: int, padded: bool) -> None:
     padding = torch.rand(3, 8, generator=torch.Generator().manual_seed(seed)) < 0.5
     padding[0, 2:5] = torch.tensor([True, False, True])
+    if not padded:
+        padding[:, 0] = padding[:, -1] = True
     arguments = {
         "batch_size": 3,
         "q_length": num_queries,

@@ -18,6 +18,7 @@ from mla.integrations.transformers.attend import attend
 from mla.integrations.transformers.masks import boolean_mask, is_packed, key_run_mask
 
 IMPLEMENTATION = "mla"  # the name in config._attn_implementation
+MASKS = (IMPLEMENTATION, "sdpa", "eager")  # whose masks replaced layers can read
 RECORD = "_mla_record"  # the attribute that marks a replaced layer, with its options
 # Keywords that stock attention ignores too and that do not change the mathematics.
 HARMLESS = {
@@ -60,6 +61,13 @@ def attention_forward(
         result: tuple[Tensor, None] = stock(module, query, key, value, mask, **options, **kwargs)
         return result
     layer: Any = module
+    implementation = record.mask_config._attn_implementation
+    if implementation not in MASKS:
+        raise UnsupportedError(
+            f"mla attention: config._attn_implementation has value {implementation!r}, expected "
+            f"one of {MASKS} beside replaced layers; call replace_attention(model) again, or "
+            "restore_attention(model) to use the other attention"
+        )
     _check_keywords(kwargs, attention_mask, key.shape[2])
     out = attend(
         query,

@@ -66,10 +66,10 @@ def key_run_mask(
             torch._assert_async(
                 is_run.all(), "mla: attention_mask has a row with holes, expected one run of ones"
             )
-        elif bool((ends - starts == kv_length).all()):
-            starts = ends = None
         elif not bool(is_run.all()):
             return _boolean_mask(*arguments, attention_mask, device, kwargs)
+        elif bool((ends - starts == kv_length).all()):
+            starts = ends = None
     if starts is None and isinstance(q_offset, int) and q_offset + q_length == kv_length:
         return torch.empty(batch_size, 1, 1, 0, dtype=torch.int32, device=device)
     return _pack(batch_size, q_length, kv_length, q_offset, starts, ends, device)

@@ -50,6 +50,7 @@ class _Record:
 
     config: Any  # the object that was there before
     impl: Any = "auto"
+    mask_config: Any = None  # layers: the config that decides which masks they get
 
 
 def replace_attention(
@@ -87,10 +88,10 @@ def replace_attention(
     replaced, left = _plan(model)
     _replace_models(model, [owner for _, owner in replaced.values()])
     copies: dict[int, Any] = {}
-    for layer, _ in replaced.values():
+    for layer, owner in replaced.values():
         config = copies.setdefault(id(layer.config), copy.copy(layer.config))
         config._attn_implementation_internal = IMPLEMENTATION
-        setattr(layer, RECORD, _Record(layer.config, impl))
+        setattr(layer, RECORD, _Record(layer.config, impl, owner.config))
         layer.config = config
         layer.expand_kv = _keep_latents
     return ReplacementReport(tuple(replaced), left)
