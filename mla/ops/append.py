@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mla.checks import ShapeError, UnsupportedError, bind_dims, require_device, require_same
-from mla.kernels.eager import rows as eager
 from mla.ops.decode import check_lengths
 from mla.ops.library import (
     NUM_VIEW_ARGUMENTS,
@@ -21,7 +20,7 @@ from mla.ops.library import (
     unflatten_view,
     view_schema,
 )
-from mla.ops.select import Case, Impl, resolve
+from mla.ops.select import Case, Impl, kernel_for
 from mla.view import CacheView
 
 _ADVICE = "append under torch.no_grad() or detach the rows"
@@ -50,9 +49,10 @@ def _check_room(op: str, view: CacheView, L: int, new_lengths: Tensor | None) ->
 def _append_kernel(*arguments: Any) -> None:
     view = unflatten_view(arguments[:NUM_VIEW_ARGUMENTS])
     latent, k_rope, new_lengths, impl = arguments[NUM_VIEW_ARGUMENTS:]
-    resolve(impl, Case("mla_append", latent.device.type, latent.dtype, view.codec.kind))
+    case = Case("mla_append", latent.device.type, latent.dtype, view.codec.kind)
+    append = kernel_for(impl, case)
     _check_room("mla_append", view, latent.shape[1], new_lengths)
-    eager.append(view, latent, k_rope, new_lengths)
+    append(view, latent, k_rope, new_lengths)
 
 
 _append = define(
@@ -105,11 +105,13 @@ def _fused_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     kv_a, norm_weight, cos, sin, eps, latent_scale, pairing, new_lengths, impl = arguments[
         NUM_VIEW_ARGUMENTS:
     ]
-    resolve(impl, Case("mla_append", kv_a.device.type, kv_a.dtype, view.codec.kind))
+    case = Case("mla_append", kv_a.device.type, kv_a.dtype, view.codec.kind)
+    fused = kernel_for(impl, case, "mla_norm_rope_append")
     _check_room("mla_norm_rope_append", view, kv_a.shape[1], new_lengths)
-    return eager.norm_rope_append(
+    result: tuple[Tensor, Tensor] = fused(
         view, kv_a, norm_weight, cos, sin, eps, latent_scale, pairing, new_lengths
     )
+    return result
 
 
 def _fused_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -198,8 +200,9 @@ def mla_norm_rope_append(
 def _gather_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     view = unflatten_view(arguments[:NUM_VIEW_ARGUMENTS])
     begin, end, dtype, impl = arguments[NUM_VIEW_ARGUMENTS:]
-    resolve(impl, Case("mla_gather", view.rows.device.type, dtype, view.codec.kind))
-    return eager.gather(view, begin, end, dtype)
+    gather = kernel_for(impl, Case("mla_gather", view.rows.device.type, dtype, view.codec.kind))
+    result: tuple[Tensor, Tensor] = gather(view, begin, end, dtype)
+    return result
 
 
 def _gather_fake(*arguments: Any) -> tuple[Tensor, Tensor]:

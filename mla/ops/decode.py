@@ -18,7 +18,7 @@ from mla.checks import (
     require_int32,
     require_same,
 )
-from mla.kernels.eager import decode as eager
+from mla.kernels.eager.decode import lse_dtype
 from mla.ops.library import (
     NUM_VIEW_ARGUMENTS,
     define,
@@ -27,7 +27,7 @@ from mla.ops.library import (
     unflatten_view,
     view_schema,
 )
-from mla.ops.select import Case, Impl, resolve
+from mla.ops.select import Case, Impl, kernel_for
 from mla.view import CacheView
 
 
@@ -41,13 +41,17 @@ class AttentionOutput(NamedTuple):
 def _kernel(q_latent: Tensor, q_rope: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     view = unflatten_view(arguments[:NUM_VIEW_ARGUMENTS])
     scale, query_lengths, out_dtype, impl = arguments[NUM_VIEW_ARGUMENTS:]
-    resolve(impl, Case("mla_decode", q_latent.device.type, q_latent.dtype, view.codec.kind))
-    return eager.decode(q_latent, q_rope, view, scale, query_lengths, out_dtype or q_latent.dtype)
+    case = Case("mla_decode", q_latent.device.type, q_latent.dtype, view.codec.kind)
+    decode = kernel_for(impl, case)
+    result: tuple[Tensor, Tensor] = decode(
+        q_latent, q_rope, view, scale, query_lengths, out_dtype or q_latent.dtype
+    )
+    return result
 
 
 def _fake(q_latent: Tensor, q_rope: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     out = q_latent.new_empty(q_latent.shape, dtype=arguments[-2] or q_latent.dtype)
-    lse = q_latent.new_empty(q_latent.shape[:3], dtype=eager.lse_dtype(q_latent))
+    lse = q_latent.new_empty(q_latent.shape[:3], dtype=lse_dtype(q_latent))
     return out, lse
 
 

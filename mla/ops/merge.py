@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from mla.checks import ShapeError, require_device
-from mla.kernels.eager import decode as eager
 from mla.ops.decode import AttentionOutput
 from mla.ops.library import LIBRARY, define
-from mla.ops.select import Case, Impl, resolve
+from mla.ops.select import Case, Impl, kernel_for
 
 
 def _kernel(out: Tensor, lse: Tensor, impl: str) -> tuple[Tensor, Tensor]:
-    resolve(impl, Case("merge_partials", out.device.type, out.dtype))
-    return eager.merge(out, lse)
+    merge = kernel_for(impl, Case("merge_partials", out.device.type, out.dtype))
+    result: tuple[Tensor, Tensor] = merge(out, lse)
+    return result
 
 
 def _fake(out: Tensor, lse: Tensor, impl: str) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from mla.kernels.eager import prefill as eager
 from mla.kernels.eager.decode import lse_dtype
 from mla.ops.decode import AttentionOutput, check_lengths, check_out_dtype
 from mla.ops.library import LIBRARY, define, refuse_gradient
-from mla.ops.select import Case, Impl, resolve
+from mla.ops.select import Case, Impl, kernel_for
 
 Save = Literal["latent", "expanded"]
 
@@ -43,10 +43,11 @@ def _kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale, masking = _masking(arguments[:8])
     out_dtype, save_expanded, impl = arguments[8:]
-    resolve(impl, Case("mla_prefill", query.device.type, query.dtype))
-    return eager.prefill(
+    prefill = kernel_for(impl, Case("mla_prefill", query.device.type, query.dtype))
+    result: tuple[Tensor, Tensor, Tensor] = prefill(
         query, latent, k_rope, weight, scale, masking, out_dtype or query.dtype, save_expanded
     )
+    return result
 
 
 def _fake(
@@ -77,7 +78,9 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, latent, k_rope, weight, out, lse, expanded = arguments[:7]
     scale, masking = _masking(arguments[7:])
-    return eager.prefill_backward(
+    case = Case("mla_prefill", query.device.type, query.dtype)
+    backward = kernel_for(arguments[-1], case, "mla_prefill_backward")
+    result: tuple[Tensor, Tensor, Tensor, Tensor] = backward(
         grad_out.to(query.dtype),
         grad_lse,
         query,
@@ -90,13 +93,14 @@ def _backward_kernel(
         scale,
         masking,
     )
+    return result
 
 
 _prefill_backward = define(
     "prefill_backward",
     "(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor latent, Tensor k_rope, "
-    f"Tensor kv_b_weight, Tensor out, Tensor lse, Tensor expanded, {_MASKING_SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor kv_b_weight, Tensor out, Tensor lse, Tensor expanded, {_MASKING_SCHEMA}, "
+    "str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_kernel,
     lambda grad_out, grad_lse, *arguments: tuple(torch.empty_like(x) for x in arguments[:4]),
 )
@@ -106,7 +110,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     query, latent, k_rope, weight = inputs[:4]
     starts, lengths, cu_q, cu_k = inputs[6:10]
     ctx.save_for_backward(query, latent, k_rope, weight, *output, starts, lengths, cu_q, cu_k)
-    ctx.scale, ctx.causal, ctx.max_sizes = inputs[4], inputs[5], inputs[10:12]
+    ctx.scale, ctx.causal, ctx.max_sizes, ctx.impl = inputs[4], inputs[5], inputs[10:12], inputs[14]
     ctx.set_materialize_grads(False)
 
 
@@ -127,6 +131,7 @@ def _backward(
         cu_q,
         cu_k,
         *ctx.max_sizes,
+        ctx.impl,
     )
     return *grads, *([None] * 11)
 

@@ -5,15 +5,18 @@ Pure: the answer depends on the case alone, never on timing or on the values of 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import cache, lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from mla.checks import FLOAT_DTYPES, UnsupportedError
 
-Impl = Literal["auto", "torch"]
+Impl = Literal["auto", "triton", "torch"]
 OpName = Literal["mla_decode", "mla_prefill", "mla_append", "mla_gather", "merge_partials"]
 OPS: tuple[OpName, ...] = (
     "mla_decode",
@@ -38,11 +41,15 @@ class Implementation:
     """One row of the support table."""
 
     name: str
-    ops: tuple[OpName, ...]
-    devices: str
+    devices: tuple[str, ...]  # that "auto" takes it on; empty: all
     batch_invariant: bool
     note: str
     reason_not: Callable[[Case], str | None]  # None: can run
+    kernels: dict[str, str]  # op, or a part of one -> "module:function"
+
+    @property
+    def ops(self) -> tuple[OpName, ...]:
+        return tuple(op for op in OPS if op in self.kernels)
 
 
 def _torch_reason(case: Case) -> str | None:
@@ -51,16 +58,55 @@ def _torch_reason(case: Case) -> str | None:
     return None
 
 
+def _triton_reason(case: Case) -> str | None:
+    if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"needs float32, bfloat16 or float16, got {case.dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs triton: pip install 'mla[triton]'"
+    from mla.kernels import launch
+
+    if case.device != "cuda" and not launch.is_interpreting():
+        return f"needs a CUDA or ROCm device, got {case.device}"
+    if case.device == "cuda" and not torch.cuda.is_available():
+        return "needs a CUDA or ROCm device, none is available"
+    try:
+        launch.architecture(torch.device(case.device))
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
 # Fastest first; "auto" takes the first row that can run.
 TABLE: tuple[Implementation, ...] = (
     Implementation(
+        name="triton",
+        devices=("cuda",),
+        batch_invariant=True,
+        note="Triton kernels for sm80 to sm120 and gfx942, gfx950; float32 to float16",
+        reason_not=_triton_reason,
+        kernels={
+            "mla_decode": "mla.kernels.decode:decode",
+            "mla_append": "mla.kernels.append:append",
+            "mla_norm_rope_append": "mla.kernels.append:norm_rope_append",
+            "merge_partials": "mla.kernels.merge:merge",
+        },
+    ),
+    Implementation(
         name="torch",
-        ops=OPS,
-        devices="any",
+        devices=(),
         batch_invariant=False,
-        note="plain PyTorch, float64 to bfloat16; results inherit the rounding of its libraries' "
+        note="plain PyTorch, float64 to float16; results inherit the rounding of its libraries' "
         "matrix products, which may differ with the batch",
         reason_not=_torch_reason,
+        kernels={
+            "mla_decode": "mla.kernels.eager.decode:decode",
+            "mla_prefill": "mla.kernels.eager.prefill:prefill",
+            "mla_prefill_backward": "mla.kernels.eager.prefill:prefill_backward",
+            "mla_append": "mla.kernels.eager.rows:append",
+            "mla_norm_rope_append": "mla.kernels.eager.rows:norm_rope_append",
+            "mla_gather": "mla.kernels.eager.rows:gather",
+            "merge_partials": "mla.kernels.eager.decode:merge",
+        },
     ),
 )
 
@@ -89,21 +135,33 @@ def supported_impls(
     return [(row.name, row.reason_not(case)) for row in TABLE if op in row.ops]
 
 
-def resolve(impl: str, case: Case) -> str:
+@lru_cache(maxsize=1024)
+def resolve(impl: str, case: Case) -> Implementation:
     """The implementation to run.
 
     Raises:
         UnsupportedError: ``impl`` is unknown or cannot run; the message lists those that can.
     """
-    rows = supported_impls(case.op, device=case.device, dtype=case.dtype, codec=case.codec)
-    able = [name for name, reason in rows if reason is None]
-    if impl in able:
-        return impl
-    if impl == "auto" and able:
-        return able[0]
-    reasons = dict(rows)
+    rows = [row for row in TABLE if case.op in row.ops]
+    reasons = {row.name: row.reason_not(case) for row in rows}
+    able = [row for row in rows if reasons[row.name] is None]
+    for row in able:
+        if impl == row.name or (impl == "auto" and case.device in (row.devices or case.device)):
+            return row
     if impl == "auto":
-        fact = "; ".join(f"{name} {reason}" for name, reason in rows)
+        fact = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
     else:
         fact = f"impl={impl!r} " + (reasons.get(impl) or "does not exist for this op")
-    raise UnsupportedError(f"{case.op}: {fact}; this case can run on {able}")
+    raise UnsupportedError(f"{case.op}: {fact}; this case can run on {[row.name for row in able]}")
+
+
+def kernel_for(impl: str, case: Case, part: str | None = None) -> Callable[..., Any]:
+    """The function behind ``impl`` for this op, or for ``part`` of it such as a backward pass."""
+    return _load(resolve(impl, case).kernels[part or case.op])
+
+
+@cache
+def _load(path: str) -> Callable[..., Any]:
+    module, function = path.split(":")
+    kernel: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return kernel
