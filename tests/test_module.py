@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_within_budget, randn
+from helpers import assert_within_budget
 from hypothesis import given
 from hypothesis import strategies as st
+from layers import SMALL, inputs, make_layer
 from torch import Tensor
 
 from mla import (
-    CacheFull,
     DenseLatentCache,
     Fp8Codec,
     Int4Codec,
@@ -20,8 +20,6 @@ from mla import (
     MLAConfig,
     MultiheadLatentAttention,
     RopeConfig,
-    ShapeError,
-    UnsupportedError,
     reference,
 )
 from mla.rope import inverse_frequencies
@@ -54,33 +52,6 @@ CONFIGS = st.builds(
     st.sampled_from([(1.0, 1.0), (1.7, 0.6)]),
     st.booleans(),
 )
-SMALL = MLAConfig(
-    hidden_size=20,
-    num_attention_heads=3,
-    kv_lora_rank=24,
-    qk_nope_head_dim=10,
-    qk_rope_head_dim=6,
-    v_head_dim=14,
-)
-
-
-def make_layer(
-    config: MLAConfig, seed: int, dtype: torch.dtype = torch.float64, **options: Any
-) -> MultiheadLatentAttention:
-    """A layer whose weights are large enough for a softmax that is not flat."""
-    layer = MultiheadLatentAttention(config, dtype=dtype, **options)
-    with torch.no_grad():
-        for index, (name, weight) in enumerate(layer.named_parameters()):
-            noise = randn(*weight.shape, seed=seed + index)
-            if weight.ndim == 2:
-                weight.copy_(1.5 * noise / weight.shape[1] ** 0.5)
-            else:
-                weight.copy_(("norm" in name) + 0.2 * noise)
-    return layer
-
-
-def inputs(B: int, L: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return randn(B, L, 20, seed=seed, dtype=dtype)
 
 
 def oracle(layer: MultiheadLatentAttention, x: Tensor, starts: list[int] | None = None) -> Tensor:
@@ -290,189 +261,3 @@ def test_weights_may_change_at_any_time() -> None:
         expected = layer(x)[:, 7:]
     assert (before - after).abs().max() > 1e-3
     torch.testing.assert_close(after, expected, rtol=1e-9, atol=1e-9)
-
-
-def test_lora_on_kv_b_proj_is_honoured_in_every_form() -> None:
-    peft = pytest.importorskip("peft")
-    layer, x = make_layer(SMALL, 8), inputs(1, 9, 8)
-    with torch.no_grad():
-        plain = layer(x)
-    settings = peft.LoraConfig(target_modules=["kv_b_proj"], r=3, lora_alpha=6)
-    adapted = peft.inject_adapter_in_model(settings, layer).double().eval()
-    for scale in (0.0, 0.5, 1.0):  # a change of the adapter after the first use is seen
-        with torch.no_grad():
-            adapted.kv_b_proj.lora_B["default"].weight.fill_(scale)
-            expanded = adapted(x)
-            cache = DenseLatentCache(SMALL, batch_size=1, dtype=torch.float64)
-            steps = [adapted(part, cache=cache) for part in x.split([6, 1, 2], 1)]
-        torch.testing.assert_close(torch.cat(steps, 1), expanded, rtol=1e-9, atol=1e-9)
-        assert torch.equal(expanded, plain) == (scale == 0.0)
-
-
-def test_meta_device_then_state_dict() -> None:
-    source, x = make_layer(SMALL, 9), inputs(1, 5, 9)
-    layer = MultiheadLatentAttention(SMALL, device="meta", dtype=torch.float64)
-    assert not list(layer.buffers())
-    layer.load_state_dict(source.state_dict(), assign=True)
-    assert torch.equal(layer(x), source(x))
-
-
-def test_autocast_runs_in_bfloat16() -> None:
-    layer, x = make_layer(SMALL, 10, torch.float32), inputs(2, 6, 10, torch.float32)
-    cache = DenseLatentCache(SMALL, batch_size=2, dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = layer(x)
-        with torch.no_grad():
-            steps = torch.cat([layer(part, cache=cache) for part in x.split([5, 1], 1)], 1)
-    assert out.dtype == torch.bfloat16
-    out.float().sum().backward()
-    assert layer.kv_b_proj.weight.grad.dtype == torch.float32
-    exact = oracle(layer, x.double())
-    assert (out.double() - exact).norm() / exact.norm() < 0.03
-    assert (steps.double() - exact).norm() / exact.norm() < 0.03
-
-
-def test_compiles_whole_in_training_and_decoding() -> None:
-    layer, x = make_layer(SMALL, 11), inputs(2, 6, 11)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    y = x.clone().requires_grad_()
-    compiled(y).square().sum().backward()
-    z = x.clone().requires_grad_()
-    layer(z).square().sum().backward()
-    torch.testing.assert_close(y.grad, z.grad)
-    cache = DenseLatentCache(SMALL, batch_size=2, max_length=16, dtype=torch.float64)
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    step = torch.compile(layer, fullgraph=True, backend=counter)
-    more = inputs(2, 10, 12)
-    with torch.no_grad():
-        layer(x, cache=cache)
-        outs = []
-        for token in more.split(1, dim=1):
-            cache.reserve(1)
-            outs.append(step(token, cache=cache))
-        expected = layer(torch.cat([x, more], 1))[:, 6:]
-    torch.testing.assert_close(torch.cat(outs, 1), expected)
-    assert counter.frame_count <= 2, f"{counter.frame_count} compilations of one decode step"
-
-
-def test_compiled_step_without_reservation_says_so() -> None:
-    layer, x = make_layer(SMALL, 13), inputs(1, 2, 13)
-    cache = DenseLatentCache(SMALL, batch_size=1, max_length=8, dtype=torch.float64)
-    step = torch.compile(layer, fullgraph=True, backend="eager")
-    with torch.no_grad(), pytest.raises(Exception, match="no reservation"):
-        step(x, cache=cache)
-    assert cache.max_length == 0
-
-
-def test_exports() -> None:
-    layer, x = make_layer(SMALL, 14), inputs(2, 6, 14)
-    length = torch.export.Dim("length", min=2, max=64)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({1: length},))
-    longer = inputs(2, 11, 15)
-    torch.testing.assert_close(program.module()(longer), layer(longer))
-
-
-def test_training_keeps_the_latent_and_not_keys_and_values() -> None:
-    x = inputs(1, 64, 16, torch.float32)
-
-    def saved_bytes(save: Any) -> int:
-        layer, seen = make_layer(SMALL, 16, torch.float32, save=save), {}
-        parameters = {p.data_ptr() for p in layer.parameters()}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            layer(x)
-        return sum(seen.values())
-
-    expanded = 4 * 64 * SMALL.num_attention_heads * (SMALL.qk_nope_head_dim + SMALL.v_head_dim)
-    assert saved_bytes("expanded") - saved_bytes("latent") == expanded
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "match"),
-    [
-        ({"hidden_states": torch.zeros(2, 3, 21)}, ShapeError, r"hidden_states has shape .*D=20"),
-        ({"positions": torch.zeros(4).long()}, ShapeError, r"positions has shape \(4,\).*L=3"),
-        ({"positions": torch.zeros(3)}, ShapeError, "positions has dtype torch.float32"),
-        ({"attn_mask": torch.ones(2, 3)}, ShapeError, "attn_mask has shape .*bool"),
-        ({"attn_mask": torch.ones(2, 4).bool()}, ShapeError, r"attn_mask has shape \(2, 4\)"),
-        (
-            {"attn_mask": torch.tensor([[1, 0, 1], [1, 1, 1]]).bool()},
-            ShapeError,
-            "attn_mask has a row with gaps",
-        ),
-        ({"cu_seqlens": torch.tensor([0, 3]).int()}, UnsupportedError, "cu_seqlens .*batch 2"),
-        (
-            {
-                "hidden_states": torch.zeros(1, 3, 20),
-                "cu_seqlens": torch.tensor([0, 2]).int(),
-            },
-            ShapeError,
-            r"cu_seqlens has values \[0, 2\].*3, the number of tokens",
-        ),
-        (
-            {"cache": DenseLatentCache(SMALL, batch_size=5)},
-            ShapeError,
-            "cache has 5 rows .*expected B=2",
-        ),
-        (
-            {
-                "cache": DenseLatentCache(
-                    MLAConfig(
-                        hidden_size=20,
-                        num_attention_heads=3,
-                        kv_lora_rank=16,
-                        qk_nope_head_dim=10,
-                        qk_rope_head_dim=6,
-                        v_head_dim=14,
-                    ),
-                    batch_size=2,
-                )
-            },
-            ShapeError,
-            "cache has C=16, R=6 in layer 0, expected C=24, R=6",
-        ),
-    ],
-)
-def test_bad_input_is_named(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
-    layer = make_layer(SMALL, 17, torch.float32)
-    cache = arguments.get("cache")
-    with pytest.raises(error, match=match):
-        layer(**{"hidden_states": torch.zeros(2, 3, 20), **arguments})
-    assert cache is None or cache.max_length == 0
-
-
-def test_full_cache_is_left_as_it_was() -> None:
-    layer, x = make_layer(SMALL, 18), inputs(1, 9, 18)
-    cache = DenseLatentCache(SMALL, batch_size=1, max_length=8, dtype=torch.float64)
-    with torch.no_grad():
-        layer(x[:, :6], cache=cache)
-        held = cache.view(0).rows[:, :6].clone()
-        with pytest.raises(CacheFull, match="max_length has value 8, expected at least 9"):
-            layer(x[:, 6:], cache=cache)
-        assert cache.lengths.tolist() == [6] and torch.equal(cache.view(0).rows[:, :6], held)
-        layer(x[:, 6:8], cache=cache)
-
-
-def test_attention_dropout_in_training_is_refused() -> None:
-    config = MLAConfig.from_dict({**SMALL.to_dict(), "attention_dropout": 0.1})
-    layer = make_layer(config, 19)
-    with pytest.raises(UnsupportedError, match=r"attention_dropout has value 0\.1"):
-        layer.train()(inputs(1, 2, 19))
-    layer.eval()(inputs(1, 2, 19))
-
-
-def test_left_padding_into_a_filled_cache_is_refused() -> None:
-    layer, x = make_layer(SMALL, 20), inputs(2, 3, 20)
-    cache = DenseLatentCache(SMALL, batch_size=2, dtype=torch.float64)
-    mask = torch.tensor([[True] * 3, [False, True, True]])
-    with torch.no_grad():
-        layer(x, cache=cache)
-        with pytest.raises(UnsupportedError, match="left padding"):
-            layer(x, cache=cache, attn_mask=mask)
-    assert cache.lengths.tolist() == [3, 3]
