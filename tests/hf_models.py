@@ -180,3 +180,21 @@ def left_padded(lengths: list[int], *, seed: int = 0) -> dict[str, Tensor]:
     column = torch.arange(width)
     mask = (column >= width - torch.tensor(lengths)[:, None]).long()
     return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
+
+
+def attention(model: nn.Module, layer: int = 0) -> Any:
+    """The attention module of a layer."""
+    return model.model.layers[layer].self_attn
+
+
+@torch.no_grad()
+def logits(model: nn.Module, **options: Any) -> Tensor:
+    """Logits of a forward pass, by default over two rows of six tokens."""
+    return model(**{"input_ids": tokens(2, 6), "use_cache": False} | options).logits
+
+
+def assert_equal_logits(model: nn.Module, other: nn.Module, **options: Any) -> None:
+    """The same logits up to rounding in float64."""
+    torch.testing.assert_close(
+        logits(model, **options), logits(other, **options), rtol=1e-9, atol=1e-9
+    )
