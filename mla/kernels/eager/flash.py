@@ -27,6 +27,13 @@ def flash_forward(
             q, k, v, 0.0, causal, scale=scale
         )
         return result
+    return blocked_forward(q, k, v, causal, scale)
+
+
+def blocked_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`flash_forward` on any device: blocks of queries through matrix products."""
     blocks = []
     for begin, end in _query_blocks(q, k):
         scores = _scores(q[:, :, begin:end], k, causal, begin, scale)
@@ -54,6 +61,20 @@ def flash_backward(
             d_out, q, k, v, out.to(q.dtype), lse, 0.0, causal, scale=scale
         )
         return grads
+    return blocked_backward(d_out, q, k, v, out, lse, causal, scale)
+
+
+def blocked_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`flash_backward` on any device."""
     sum_dtype = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty_like(q)
     dk, dv = torch.zeros_like(k, dtype=sum_dtype), torch.zeros_like(v, dtype=sum_dtype)
