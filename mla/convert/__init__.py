@@ -17,16 +17,21 @@ Files, in the order of the method:
 Whole models of transformers are converted by `mla.integrations.converted`.
 """
 
+from mla.convert.evaluate import Comparison, compare_losses, token_losses, token_windows
 from mla.convert.gqa import ConvertedLayer, FitReport, gqa_to_mla
 from mla.convert.statistics import InputMoments, MomentSum, attention_received
 from mla.convert.weights import AttentionWeights
 
 __all__ = [
     "AttentionWeights",
+    "Comparison",
     "ConvertedLayer",
     "FitReport",
     "InputMoments",
     "MomentSum",
     "attention_received",
+    "compare_losses",
     "gqa_to_mla",
+    "token_losses",
+    "token_windows",
 ]

@@ -46,6 +46,9 @@ class InputMoments(NamedTuple):
     ) -> InputMoments:
         """Statistics where nothing is known about the attention itself.
 
+        Far worse than calibrated ones where attention rests on the first token: at 75 % of its
+        cache SmolLM2-135M-Instruct Q4_1 then loses .16 to .20 instead of .048 nats a token.
+
         Args:
             second_moment: ``[D, D]``, ``E[x x^T]``.
             mean: ``[D]``; None: 0.

@@ -1,0 +1,40 @@
+"""Grouped-query models of transformers converted to multi-head latent attention.
+
+    from mla.integrations.converted import convert_model, load_converted, save_converted
+
+    conversion = convert_model(model, windows, kv_budget=0.75)
+    save_converted(conversion, "converted", tokenizer=tokenizer)
+    model = load_converted("converted").model
+    model.generate(...)                       # decodes absorbed, from a latent cache
+
+Files:
+
+    hosts.py      which models, and what is read from them
+    calibrate.py  one pass over calibration text
+    layer.py      a converted layer under transformers' calling convention
+    model.py      convert, build, save, load
+"""
+
+from mla.integrations.converted.calibrate import Progress, calibrate
+from mla.integrations.converted.hosts import HostAttention, read_host
+from mla.integrations.converted.layer import ConvertedAttention
+from mla.integrations.converted.model import (
+    Conversion,
+    build_model,
+    convert_model,
+    load_converted,
+    save_converted,
+)
+
+__all__ = [
+    "Conversion",
+    "ConvertedAttention",
+    "HostAttention",
+    "Progress",
+    "build_model",
+    "calibrate",
+    "convert_model",
+    "load_converted",
+    "read_host",
+    "save_converted",
+]

@@ -1,0 +1,219 @@
+"""Convert a grouped-query model of transformers, save the result, load it again.
+
+    model, windows -> calibrate -> gqa_to_mla, layer by layer -> Checkpoint -> build_model
+                                    save_checkpoint, load_checkpoint -> Checkpoint -> build_model
+
+Everything but the attention is the original's: the converted model shares those parameters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
+
+from mla.convert import FitReport, gqa_to_mla
+from mla.convert.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mla.integrations.converted.calibrate import Progress, calibrate
+from mla.integrations.converted.hosts import (
+    MODEL_TYPES,
+    attention_weights,
+    check_host_config,
+    decoder_layers,
+    read_host,
+)
+from mla.integrations.converted.layer import ConvertedAttention
+from mla.integrations.transformers import replace_attention
+
+
+class Conversion(NamedTuple):
+    """A converted model and what each of its layers lost."""
+
+    model: Any
+    reports: tuple[FitReport, ...]
+
+
+def convert_model(
+    model: Any,
+    windows: Tensor,
+    *,
+    kv_budget: float | tuple[int, int] = 0.75,
+    calibrate_progress: Progress | None = None,
+    convert_progress: Progress | None = None,
+) -> Conversion:
+    """Convert all attention layers of a Llama-type model, without training.
+
+    ``model`` is left as it is; the new model shares its embeddings, norms and MLPs.
+
+    Args:
+        model: a causal language model of transformers (Llama, Mistral, Qwen2).
+        windows: ``[W, T]`` token ids of text like that to be read, see `calibrate`.
+        kv_budget: share of the cached numbers to keep, or (R, C) for every layer.
+        calibrate_progress: called after each window.
+        convert_progress: called after each layer.
+
+    Returns:
+        A model of the same class, in eval mode, that decodes absorbed; and a report per layer.
+
+    Raises:
+        UnsupportedError: the model's attention cannot be converted.
+        ShapeError, ValueError: ``windows`` or ``kv_budget`` does not fit.
+    """
+    host = read_host(model)
+    all_moments = calibrate(model, windows, progress=calibrate_progress)
+    names = {id(module): name for name, module in model.named_modules()}
+    tensors = _stored_tensors(model)
+    configs, reports = [], []
+    for done, (layer, moments) in enumerate(
+        zip(decoder_layers(model), all_moments, strict=True), start=1
+    ):
+        converted = gqa_to_mla(
+            attention_weights(layer.self_attn),
+            moments,
+            num_heads=host.num_heads,
+            num_kv_heads=host.num_kv_heads,
+            head_dim=host.head_dim,
+            inv_freq=host.inv_freq,
+            softmax_scale=host.softmax_scale,
+            kv_budget=kv_budget,
+        )
+        prefix = names[id(layer.self_attn)] + "."
+        tensors = {name: x for name, x in tensors.items() if not name.startswith(prefix)}
+        tensors |= {f"{prefix}mla.{name}": x for name, x in converted.state_dict.items()}
+        configs.append(converted.config)
+        reports.append(converted.report)
+        if convert_progress is not None:
+            convert_progress(done, host.num_layers)
+    checkpoint = Checkpoint(
+        host_config=_host_config(model),
+        generation_config=model.generation_config.to_dict(),
+        layers=tuple(configs),
+        reports=tuple(reports),
+        tensors=tensors,
+    )
+    return Conversion(build_model(checkpoint), checkpoint.reports)
+
+
+def save_converted(
+    conversion: Conversion, path: Path | str, *, tokenizer: Any = None, overwrite: bool = False
+) -> None:
+    """Write a converted model as a folder, all or nothing.
+
+    Args:
+        conversion: of `convert_model` or `load_converted`.
+        path: a folder that does not exist or is empty.
+        tokenizer: of transformers, saved along with the model.
+        overwrite: replace a converted model that is there.
+
+    Raises:
+        ValueError: ``path`` is taken; nothing is written.
+    """
+    model = conversion.model
+    attentions = [layer.self_attn for layer in decoder_layers(model)]
+    checkpoint = Checkpoint(
+        host_config=_host_config(model),
+        generation_config=model.generation_config.to_dict(),
+        layers=tuple(attention.mla.config for attention in attentions),
+        reports=conversion.reports,
+        tensors=_stored_tensors(model),
+    )
+    extra = None if tokenizer is None else tokenizer.save_pretrained
+    save_checkpoint(path, checkpoint, overwrite=overwrite, write_extra=extra)
+
+
+def load_converted(
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Conversion:
+    """Load a folder of `save_converted` as a model of transformers that decodes absorbed.
+
+    Args:
+        path: the folder.
+        dtype: of all weights, None: as stored.
+        device: where to.
+
+    Raises:
+        ValueError: the folder is not a complete converted model; the message names what is wrong.
+    """
+    checkpoint = load_checkpoint(path)
+    model = build_model(checkpoint, op=f"load_converted: {path}")
+    return Conversion(model.to(device=device, dtype=dtype), checkpoint.reports)
+
+
+def build_model(checkpoint: Checkpoint, op: str = "build_model") -> Any:
+    """A model of transformers around the tensors of a checkpoint, which are not copied.
+
+    Raises:
+        ValueError: tensors are missing, left over or of the wrong shape, or the host is unknown.
+    """
+    config = _config_of(checkpoint.host_config, op)
+    if config.num_hidden_layers != len(checkpoint.layers):
+        raise ValueError(
+            f"{op}: host has {config.num_hidden_layers} layers, expected {len(checkpoint.layers)}, "
+            "one for each layer config"
+        )
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        for index, layer in enumerate(decoder_layers(model)):
+            if checkpoint.layers[index].hidden_size != config.hidden_size:
+                raise ValueError(
+                    f"{op}: layer {index} has hidden_size {checkpoint.layers[index].hidden_size}, "
+                    f"expected {config.hidden_size} as the host has"
+                )
+            layer.self_attn = ConvertedAttention(config, checkpoint.layers[index], index)
+    _check_tensors(model, checkpoint.tensors, op)
+    rotary = model.base_model.rotary_emb
+    model.base_model.rotary_emb = type(rotary)(config)  # its buffers are not in any file
+    model.load_state_dict(checkpoint.tensors, strict=False, assign=True)
+    model.tie_weights()
+    model.generation_config = GenerationConfig.from_dict(checkpoint.generation_config)
+    replace_attention(model)
+    return model.eval()
+
+
+def _config_of(values: dict[str, Any], op: str) -> Any:
+    """The config object of transformers, built from plain values only."""
+    model_type = values.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"{op}: host has model_type {model_type!r}, expected one of {list(MODEL_TYPES)}"
+        )
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(values)
+    except Exception as error:  # transformers validates with exceptions of several libraries
+        raise ValueError(f"{op}: host config is not one of {model_type}: {error}") from error
+    check_host_config(config, op)
+    return config
+
+
+def _host_config(model: Any) -> dict[str, Any]:
+    values: dict[str, Any] = model.config.to_dict()
+    return {name: value for name, value in values.items() if name not in ("dtype", "auto_map")}
+
+
+def _stored_tensors(model: Any) -> dict[str, Tensor]:
+    """Parameters by name, detached; of several names of one tensor the first only."""
+    tied = {name for name, _ in model.named_parameters()}
+    return {name: x.detach() for name, x in model.state_dict().items() if name in tied}
+
+
+def _check_tensors(model: Any, tensors: dict[str, Tensor], op: str) -> None:
+    """Compare with the parameters that the model needs, tied ones counted once."""
+    model.tie_weights()
+    expected = _stored_tensors(model)
+    missing, extra = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
+    if missing or extra:
+        raise ValueError(
+            f"{op}: weights have {len(missing)} missing {missing[:3]} and {len(extra)} unknown "
+            f"{extra[:3]} tensors, expected the {len(expected)} of the model"
+        )
+    for name, want in expected.items():
+        if tensors[name].shape != want.shape:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensors[name].shape)}, expected {tuple(want.shape)}"
+            )
