@@ -12,7 +12,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 from hf_models import left_padded, tiny_model
-from transformers import StaticCache
+from transformers import CompileConfig, StaticCache
 from transformers.masking_utils import create_causal_mask
 
 from mla.integrations.transformers import StaticLatentCache, replace_attention
@@ -58,6 +58,9 @@ class Recorder:
         self.num_graphs = 0
         self.num_joins = 0
 
+    def __deepcopy__(self, memo: Any) -> Recorder:
+        return self  # transformers copies the settings it compiles with
+
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         self.num_graphs += 1
         for node in graph.graph.nodes:
@@ -87,6 +90,21 @@ def test_compiled_decode(model_type: str, kind: type, mask_outside: bool) -> Non
     assert torch.equal(got, expected)
     assert recorder.num_graphs == 1
     assert recorder.num_joins == (0 if kind is StaticLatentCache else 2)
+
+
+def test_generate_compiles_decoding_by_itself() -> None:
+    """With a static cache transformers compiles the step; on a CPU only when told to."""
+    stock = tiny_model("deepseek_v3", first_k_dense_replace=2)
+    ours = copy.deepcopy(stock)
+    replace_attention(ours)
+    torch._dynamo.reset()
+    recorder = Recorder()
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend=recorder, mode=None)
+    compile_config._compile_all_devices = True
+    options = {"max_new_tokens": 6, "cache_implementation": "static", "do_sample": False}
+    got = ours.generate(**left_padded([3, 8]), **options, compile_config=compile_config)
+    assert torch.equal(got, stock.generate(**left_padded([3, 8]), **options))
+    assert recorder.num_graphs == 1 and recorder.num_joins == 0
 
 
 def test_a_hole_in_the_mask_stops_a_compiled_step() -> None:
