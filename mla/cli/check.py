@@ -140,12 +140,21 @@ def _rows(answers: list[Answer]) -> list[tuple[str, ...]]:
 
 
 def _conclusion(setup: Setup, answers: list[Answer], failed: list[Answer]) -> str:
+    """What is wrong, the first stage in data-flow order first, and one last line."""
     if not failed:
         return f"check: passed, {len(answers)} comparisons on {_place(setup)}"
-    lines = [f"{answer.stage}: {answer.case}: {answer.sentence()}" for answer in failed]
+    cases: dict[tuple[str, str], list[Answer]] = {}
+    for answer in failed:
+        found = answer.explanations or [answer.case, answer.problem]
+        cases.setdefault((answer.stage, " ".join(found)), []).append(answer)
+    lines = []
+    for (stage, _), alike in cases.items():
+        first, count = alike[0], len(alike)
+        others = f" and {count - 1} more" if count > 1 else ""
+        lines.append(f"{stage}: {first.case}{others}: {first.sentence()}")
     stages = ", ".join(dict.fromkeys(answer.stage for answer in failed))
-    count = f"{len(failed)} of {len(answers)} comparisons"
-    return "\n".join([*lines, f"check: failed on {_place(setup)}: {count}, in {stages}"])
+    count_text = f"{len(failed)} of {len(answers)} comparisons"
+    return "\n".join([*lines, f"check: failed on {_place(setup)}: {count_text}, in {stages}"])
 
 
 def _as_dict(setup: Setup, answers: list[Answer]) -> dict[str, Any]:

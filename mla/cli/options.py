@@ -1,0 +1,48 @@
+"""Types of command-line values, each with the range that makes sense."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    value = _number(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"has value {text}, expected above 0 and at most 1")
+    return value
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    return _integer(text, 1)
+
+
+def at_least_two(text: str) -> int:
+    """An integer of at least 2."""
+    return _integer(text, 2)
+
+
+def temperature(text: str) -> float:
+    """A number of at least 0."""
+    value = _number(text)
+    if not 0.0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"has value {text}, expected at least 0")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"has value {text!r}, expected a number") from None
+
+
+def _integer(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"has value {text!r}, expected an integer") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"has value {value}, expected at least {least}")
+    return value
