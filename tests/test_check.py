@@ -12,6 +12,7 @@ from mla.absorb import KeyValueWeights
 from mla.cli.check import conformance
 from mla.cli.check_conventions import conventions_of, wrong_conventions
 from mla.cli.check_setup import SMALL, Setup, config_of
+from mla.kernels.eager import prefill as eager
 from mla.presets import PRESETS
 from mla.rope import inverse_frequencies
 
@@ -151,24 +152,24 @@ def test_base_two_lse_is_named(monkeypatch):
 
 
 def test_top_left_mask_is_named(monkeypatch):
-    prefill = mla.ops.prefill.eager.prefill
+    prefill = eager.prefill
 
     def broken(query, latent, k_rope, weight, scale, masking, out_dtype, save):
         if masking.key_lengths is None and masking.cu_seqlens_q is None:
             latent, k_rope = (x[:, : query.shape[1]] for x in (latent, k_rope))
         return prefill(query, latent, k_rope, weight, scale, masking, out_dtype, save)
 
-    monkeypatch.setattr(mla.ops.prefill.eager, "prefill", broken)
+    monkeypatch.setattr(eager, "prefill", broken)
     assert "the causal mask is aligned top-left, not bottom-right" in failures()["prefill"]
 
 
 def test_missing_causal_mask_is_named(monkeypatch):
-    prefill = mla.ops.prefill.eager.prefill
+    prefill = eager.prefill
 
     def broken(query, latent, k_rope, weight, scale, masking, *rest):
         return prefill(query, latent, k_rope, weight, scale, masking._replace(causal=False), *rest)
 
-    monkeypatch.setattr(mla.ops.prefill.eager, "prefill", broken)
+    monkeypatch.setattr(eager, "prefill", broken)
     found = failures()
     assert "there is no causal mask" in found["prefill"]
     assert "there is no causal mask" in found["layer"]

@@ -36,12 +36,13 @@ LAYERS: list[dict[str, set[str]]] = [
         "kernels.append": {"kernels.tiles", "kernels.launch"},
         "kernels.expand": {"kernels.tiles", "kernels.launch"},
         "kernels.decode": {"kernels.tiles", "kernels.launch", "kernels.merge"},
-        "kernels.prefill": {"kernels.tiles", "kernels.launch", "kernels.expand"},
+        "kernels.prefill_types": set(),
+        "kernels.prefill": {"kernels.launch", "kernels.expand", "kernels.prefill_types"},
         "kernels.variants": {
             *("kernels.launch", "kernels.merge", "kernels.append"),
             *("kernels.expand", "kernels.decode", "kernels.prefill"),
         },
-        "kernels.eager": set(),
+        "kernels.eager": {"kernels.prefill_types"},
         "kernels.cpu": set(),
         "kernels": set(),
     },
@@ -74,6 +75,7 @@ TOP_RANK = len(LAYERS) - 1
 # Everything else is imported inside the function that needs it.
 THIRD_PARTY: dict[str, set[str]] = {
     **{unit: {"triton"} for unit in RANK if unit.startswith("kernels.")},
+    "kernels.prefill_types": set(),
     "kernels.eager": set(),
     "kernels.cpu": set(),
     "convert": {"rich", "safetensors", "transformers"},

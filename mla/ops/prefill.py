@@ -19,8 +19,8 @@ from mla.checks import (
     require_int32,
     require_same,
 )
-from mla.kernels.eager import prefill as eager
 from mla.kernels.eager.decode import lse_dtype
+from mla.kernels.prefill_types import Masking
 from mla.ops.decode import AttentionOutput, check_lengths, check_out_dtype
 from mla.ops.library import LIBRARY, define, refuse_gradient
 from mla.ops.select import Case, Impl, kernel_for
@@ -33,9 +33,9 @@ _MASKING_SCHEMA = (
 )
 
 
-def _masking(arguments: tuple[Any, ...]) -> tuple[float, eager.Masking]:
-    scale, causal, starts, lengths, cu_q, cu_k = arguments[:6]
-    return scale, eager.Masking(causal, starts, lengths, cu_q, cu_k)
+def _masking(arguments: tuple[Any, ...]) -> tuple[float, Masking]:
+    scale, *masking = arguments[:8]
+    return scale, Masking(*masking)
 
 
 def _kernel(

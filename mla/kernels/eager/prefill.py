@@ -23,16 +23,10 @@ from torch.nn import functional as F
 
 from mla.kernels.eager.decode import lse_dtype, merge
 from mla.kernels.eager.flash import flash_backward, flash_forward
+from mla.kernels.prefill_types import Gradients, Masking, Sizes, sizes_of
 
 # Elements of K and V together that may be alive at once: 128 MiB in float32.
 MAX_EXPANDED = 1 << 25
-
-
-class Sizes(NamedTuple):
-    H: int
-    N: int
-    R: int
-    V: int
 
 
 class Run(NamedTuple):
@@ -41,30 +35,6 @@ class Run(NamedTuple):
     batch: slice
     queries: slice
     keys: slice
-
-
-class Masking(NamedTuple):
-    """Which keys are visible; the arguments of `mla.ops.mla_prefill`."""
-
-    causal: bool
-    key_starts: Tensor | None = None
-    key_lengths: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-
-
-class Gradients(NamedTuple):
-    query: Tensor
-    latent: Tensor
-    k_rope: Tensor
-    kv_b_weight: Tensor
-
-
-def sizes_of(query: Tensor, k_rope: Tensor, kv_b_weight: Tensor) -> Sizes:
-    H, width = query.shape[-2:]
-    R = k_rope.shape[-1]
-    N = width - R
-    return Sizes(H, N, R, kv_b_weight.shape[0] // max(H, 1) - N)
 
 
 def prefill(
