@@ -186,7 +186,8 @@ def _config_of(values: dict[str, Any], op: str) -> Any:
     try:
         config = CONFIG_MAPPING[model_type].from_dict(values)
     except Exception as error:  # transformers validates with exceptions of several libraries
-        raise ValueError(f"{op}: host config is not one of {model_type}: {error}") from error
+        fact = " ".join(str(error).split())
+        raise ValueError(f"{op}: host config is not one of {model_type} ({fact})") from error
     check_host_config(config, op)
     return config
 
