@@ -67,11 +67,12 @@ def run(options: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(options.model)
     windows = calibration_windows(tokenizer, options.calibration, options.tokens)
     model = load_model(options.model, device=device)
+    from mla.integrations.converted import read_host, save_converted
+
+    read_host(model, "convert")  # refuses before there are bars on the screen
     start = time.perf_counter()
     with progress() as bars:
         conversion = convert_with_bars(bars, model, windows, options.kv_budget)
-    from mla.integrations.converted import save_converted
-
     save_converted(conversion, options.out, tokenizer=tokenizer, overwrite=options.force)
     layers = fit_rows(conversion.reports)
     report = {

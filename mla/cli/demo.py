@@ -182,7 +182,6 @@ def as_text(report: dict[str, Any]) -> str:
 
 def _rows(report: dict[str, Any], ratio: str) -> list[tuple[str, ...]]:
     found, size, work = report["perplexity"], report["bytes_per_token"], report["arithmetic"]
-    windows = f"{found['windows']} windows of {found['window']}"
     rows = [
         _integers("KV cache, bytes a token, 16-bit", {k: v["bits16"] for k, v in size.items()}),
         _integers(
@@ -190,7 +189,7 @@ def _rows(report: dict[str, Any], ratio: str) -> list[tuple[str, ...]]:
             {k: v["stored"] for k, v in size.items()},
         ),
         (
-            f"perplexity, {windows}",
+            f"perplexity, {found['windows']} x {found['window']} tokens",
             f"{found['original']:.2f}",
             f"{found['converted']:.2f}",
             ratio,

@@ -72,7 +72,7 @@ def _draw_perplexity(axis: Any, report: dict[str, Any]) -> None:
         "{:.2f}",
     )
     axis.set_title(f"perplexity: ratio {found['ratio']:.3f} +- {error:.3f}", color=INK)
-    axis.set_ylabel(f"{found['windows']} windows of {found['window']} tokens", color=INK)
+    axis.set_ylabel(f"on {found['windows']} x {found['window']} tokens", color=INK)
 
 
 def _draw_speed(axis: Any, report: dict[str, Any]) -> None:
@@ -86,8 +86,8 @@ def _draw_speed(axis: Any, report: dict[str, Any]) -> None:
     axis.set_xticks(range(len(contexts)), [f"{context} tokens" for context in contexts])
     axis.set_title("decoding speed on this machine, by context", color=INK)
     axis.set_ylabel("tokens per second", color=INK)
-    axis.margins(y=0.18)
-    axis.legend(frameon=False, labelcolor=INK)
+    axis.margins(y=0.25)
+    axis.legend(frameon=False, labelcolor=INK, ncols=2, loc="upper center")
 
 
 def _draw_fit(axis: Any, report: dict[str, Any]) -> None:
@@ -105,4 +105,5 @@ def _draw_fit(axis: Any, report: dict[str, Any]) -> None:
     axis.set_xlabel("layer", color=INK)
     axis.set_ylabel("error / signal (rms)", color=INK)
     axis.set_ylim(bottom=0)
-    axis.legend(frameon=False, labelcolor=INK)
+    axis.margins(y=0.2)
+    axis.legend(frameon=False, labelcolor=INK, ncols=3, loc="upper center")
