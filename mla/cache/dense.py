@@ -16,7 +16,7 @@ from mla.codec import Codec
 from mla.config import MLAConfig
 from mla.view import CacheView
 
-# Copies amortise to 2 for each appended row; at most a third of the storage is unused.
+# Copies amortise to 2-3 for each appended row; at most a third of the storage is unused.
 GROWTH = 1.5
 ROUND_TO = 64
 

@@ -62,8 +62,8 @@ def fetch_masked(view: CacheView, dtype: torch.dtype) -> tuple[Tensor, Tensor, T
         rows ``[B, S, C+R]``, 0 where no key is stored; positions ``[S]``; stored ``[B, S]`` bool.
     """
     Z = view.rows.shape[1]
-    count = view.shard[1]
-    num_columns = min(-(-view.max_length // (Z * count)), view.capacity // (Z * count))
+    span = max(Z * view.shard[1], 1)  # positions of one column; Z is 0 in a cache that has to grow
+    num_columns = min(-(-view.max_length // span), view.capacity // span)
     positions = positions_of(view, num_columns).flatten()
     if view.page_table is None:
         positions = positions[: view.max_length]
