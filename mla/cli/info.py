@@ -51,7 +51,7 @@ def collect() -> dict[str, Any]:
             {
                 "name": row.name,
                 "ops": list(row.ops),
-                "devices": row.devices,
+                "devices": ", ".join(row.devices) or "any",
                 "batch_invariant": row.batch_invariant,
                 "note": row.note,
             }
