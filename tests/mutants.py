@@ -13,6 +13,9 @@ ABSORB = "tests/test_absorb.py"
 CONFIG_HOSTS = "tests/test_config_transformers.py"
 ROPE_HOSTS = "tests/test_rope_transformers.py"
 ADAPTERS = "tests/test_absorb_adapters.py"
+CONVERT = "tests/test_convert.py"
+CONVERT_STATISTICS = "tests/test_convert_statistics.py"
+CHECKPOINT = "tests/test_checkpoint.py"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -149,5 +152,61 @@ MUTANTS: list[Mutant] = [
         original="if module.training and dropout > 0.0 and is_applied_to_input:",
         broken="if module.training and dropout >= 1.0 and is_applied_to_input:",
         tests=(f"{ADAPTERS}::test_dropout_of_an_adapter_is_refused_in_training_alone",),
+    ),
+    Mutant(
+        name="conversion-rotates-queries-the-other-way",
+        file="mla/convert/rotate.py",
+        original="return pairs_HJE * back_HJ.conj()[..., None]",
+        broken="return pairs_HJE * back_HJ[..., None]",
+        tests=(f"{CONVERT}::test_full_budget_is_exact",),
+    ),
+    Mutant(
+        name="conversion-takes-distance-0-for-dropped-pairs",
+        file="mla/convert/gqa.py",
+        original="unrotated_query = as_real(as_complex(heads.query) * rotation[:, None])",
+        broken="unrotated_query = heads.query",
+        tests=(f"{CONVERT}::test_unrotated_scores_are_the_mean_over_distances",),
+    ),
+    Mutant(
+        name="conversion-counts-both-parts-of-a-complex-score",
+        file="mla/convert/rotate.py",
+        original="energy=energy_lj.flatten(),",
+        broken="energy=2 * energy_lj.flatten(),",
+        tests=(f"{CONVERT}::test_reported_score_error_is_the_measured_one",),
+    ),
+    Mutant(
+        name="conversion-keeps-pairs-that-hardly-turn",
+        file="mla/convert/choose.py",
+        original="loss = components.energy * spread[components.frequency]",
+        broken="loss = components.energy",
+        tests=(f"{CONVERT}::test_fast_pairs_keep_their_rotation",),
+    ),
+    Mutant(
+        name="conversion-forgets-the-mean-of-the-values",
+        file="mla/convert/gqa.py",
+        original="output_bias = output_bias + weights.output_bias.to(output_bias)",
+        broken="output_bias = weights.output_bias.to(output_bias)",
+        tests=(f"{CONVERT}::test_mean_of_values_goes_to_the_output_bias",),
+    ),
+    Mutant(
+        name="conversion-expands-in-the-wrong-metric",
+        file="mla/convert/latent.py",
+        original="value_up=value_weight.inverse_root @ taken[K:],",
+        broken="value_up=value_weight.root @ taken[K:],",
+        tests=(f"{CONVERT}::test_full_budget_is_exact",),
+    ),
+    Mutant(
+        name="calibration-weighs-keys-by-attention-not-its-square",
+        file="mla/convert/statistics.py",
+        original="weights += probabilities.square().sum((0, 1))",
+        broken="weights += probabilities.sum((0, 1))",
+        tests=(f"{CONVERT_STATISTICS}::test_attention_received_counts_probabilities",),
+    ),
+    Mutant(
+        name="checkpoint-overwrites-any-folder",
+        file="mla/convert/checkpoint.py",
+        original="_read_config(path)",
+        broken="pass",
+        tests=(f"{CHECKPOINT}::test_overwrite_replaces_a_converted_model_only",),
     ),
 ]

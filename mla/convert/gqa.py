@@ -105,7 +105,7 @@ def gqa_to_mla(
     gains = _score_gains(heads, moments.keys, scale)
     components = rotate_keys(heads.query, heads.key, moments.queries, moments.keys, gains)
     rotation = mean_rotation(inv_freq.cpu(), moments.distances.cpu())
-    unrotated_query = as_real(as_complex(heads.query) * rotation[:, None])  # [H, d, E]
+    unrotated_query = as_real(as_complex(heads.query) * rotation[:, None])
     value_cost = value_metric(heads.output, num_kv_heads)
     value_weight = metric_of(value_cost)
 

@@ -58,13 +58,14 @@ def rotate_keys(
     weight_Gl = (energy_Gl / mean_l).clamp_min(TINY).sqrt()
     weighted_lGE = (pairs_GlE * weight_Gl[..., None]).transpose(0, 1)
     values_lj, vectors_lGj = torch.linalg.eigh(weighted_lGE @ moment_k @ weighted_lGE.mH)
+    energy_lj = 0.5 * values_lj.clamp_min(0.0) * mean_l[:, None]  # E Re(z)^2 = E |z|^2 / 2
     maps_ljE = vectors_lGj.mH @ weighted_lGE
     back_lGj = vectors_lGj / weight_Gl.T[..., None]
     return KeyComponents(
         maps=maps_ljE.flatten(0, 1),
         back=back_lGj.transpose(0, 1).flatten(1),
         frequency=torch.arange(len(mean_l)).repeat_interleave(G),
-        energy=(0.5 * values_lj.clamp_min(0.0) * mean_l[:, None]).flatten(),  # E Re^2 = E |.|^2 / 2
+        energy=energy_lj.flatten(),
     )
 
 
@@ -75,7 +76,8 @@ def kept_query(query: Tensor, components: KeyComponents, kept: Tensor) -> Tensor
     """
     H, G = query.shape[0], components.back.shape[0]
     back_HJ = components.back[:, kept].repeat_interleave(H // G, dim=0)
-    return as_complex(query)[:, components.frequency[kept]] * back_HJ.conj()[..., None]
+    pairs_HJE = as_complex(query)[:, components.frequency[kept]]
+    return pairs_HJE * back_HJ.conj()[..., None]
 
 
 def dropped_back(components: KeyComponents, dropped: Tensor, num_pairs: int) -> Tensor:

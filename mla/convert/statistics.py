@@ -64,19 +64,18 @@ class InputMoments(NamedTuple):
 class MomentSum:
     """Sums of one layer while calibration windows pass.
 
+    The sums are float64 on the CPU, 2 * E * E numbers; a window's part is computed where it is.
+
     Args:
         hidden_size: D.
         window: most tokens of a window.
-        device: of the sums; they are E * E float64 numbers, twice.
     """
 
-    def __init__(
-        self, hidden_size: int, window: int, device: torch.device | str | None = None
-    ) -> None:
+    def __init__(self, hidden_size: int, window: int) -> None:
         E = hidden_size + 1
-        self.queries = torch.zeros(E, E, dtype=torch.float64, device=device)
+        self.queries = torch.zeros(E, E, dtype=torch.float64, device="cpu")
         self.keys = torch.zeros_like(self.queries)
-        self.distances = torch.zeros(window, dtype=torch.float64, device=device)
+        self.distances = torch.zeros(window, dtype=torch.float64, device="cpu")
 
     def add(self, inputs: Tensor, weights: Tensor, distances: Tensor) -> None:
         """Add one window, in place.
@@ -87,15 +86,14 @@ class MomentSum:
             distances: ``[T]`` attention by distance.
         """
         extended = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], dim=1)
-        self.queries += (extended.mT @ extended).double()
-        self.keys += (extended.mT @ (extended * weights[:, None])).double()
-        self.distances[: len(distances)] += distances.double()
+        self.queries += (extended.mT @ extended).to(self.queries)
+        self.keys += (extended.mT @ (extended * weights[:, None])).to(self.keys)
+        self.distances[: len(distances)] += distances.to(self.distances)
 
     def result(self) -> InputMoments:
-        """The moments of all windows added so far, on the CPU."""
-        sums = (self.queries, self.keys)
-        queries, keys = ((x / x[-1, -1]).cpu() for x in sums)
-        return InputMoments(queries, keys, self.distances.cpu())
+        """The moments of all windows added so far."""
+        queries, keys = (x / x[-1, -1] for x in (self.queries, self.keys))
+        return InputMoments(queries, keys, self.distances)
 
 
 def attention_received(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -76,4 +76,4 @@ class _Observer:
 
         query, key = heads(attention.q_proj), heads(attention.k_proj)
         weights, distances = attention_received(query, key, attention.scaling)
-        self.total.add(inputs[0].float().cpu(), weights.cpu(), distances.cpu())
+        self.total.add(inputs[0].float(), weights, distances)

@@ -46,7 +46,8 @@ def convert_model(
 ) -> Conversion:
     """Convert all attention layers of a Llama-type model, without training.
 
-    ``model`` is left as it is; the new model shares its embeddings, norms and MLPs.
+    ``model`` is left as it is. The new one shares its embeddings, norms, MLPs and output
+    projections, so take a deep copy before training either.
 
     Args:
         model: a causal language model of transformers (Llama, Mistral, Qwen2).
