@@ -54,7 +54,8 @@ def greedy(model: nn.Module, cache: Any, forward: Any, *, mask_outside: bool) ->
 class Recorder:
     """A backend that counts graphs and the joins of whole caches in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self.capacity = capacity
         self.num_graphs = 0
         self.num_joins = 0
 
@@ -65,7 +66,7 @@ class Recorder:
         self.num_graphs += 1
         for node in graph.graph.nodes:
             if node.target is torch.cat:
-                self.num_joins += node.meta["example_value"].shape[1] == CAPACITY
+                self.num_joins += node.meta["example_value"].shape[1] == self.capacity
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
 
@@ -98,7 +99,7 @@ def test_generate_compiles_decoding_by_itself() -> None:
     ours = copy.deepcopy(stock)
     replace_attention(ours)
     torch._dynamo.reset()
-    recorder = Recorder()
+    recorder = Recorder(capacity=8 + 6 - 1)
     compile_config = CompileConfig(fullgraph=True, dynamic=False, backend=recorder, mode=None)
     compile_config._compile_all_devices = True
     options = {"max_new_tokens": 6, "cache_implementation": "static", "do_sample": False}

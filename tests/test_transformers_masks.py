@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,7 +35,18 @@ def stock_mask(**arguments: Any) -> Tensor:
     return sdpa_mask(**arguments, allow_is_causal_skip=False)
 
 
+LONE_PADDING = {
+    "rows": [(0, 1), (1, 0)],
+    "num_queries": 1,
+    "past": 4,
+    "unfilled": 0,
+    "as_tensor": False,
+    "with_mask": True,
+}
+
+
 @given(case=CASES)
+@example(case=LONE_PADDING)
 def test_runs_of_keys_equal_the_boolean_mask(case: dict[str, Any]) -> None:
     L, seen = case["num_queries"], case["past"] + case["num_queries"]
     position = torch.arange(seen)

@@ -44,6 +44,7 @@ class LatentCacheLayer(CacheLayerMixin):
         self.length = 0
         self.latent_width = 0
         self.is_initialized = False
+        self.is_recorded = False  # autograd may need the buffer as it is
 
     @property
     def keys(self) -> Tensor | None:
@@ -81,6 +82,7 @@ class LatentCacheLayer(CacheLayerMixin):
         if torch.is_grad_enabled():
             new_rows = torch.cat((key_states[:, 0], value_states[:, 0]), dim=-1)
             self.rows = torch.cat((held[:, :begin], new_rows.to(held.dtype)), dim=1)
+            self.is_recorded = True
         else:
             self.rows = self._reserved(held, end)
             self.rows[:, begin:end, :C] = key_states[:, 0]
@@ -134,7 +136,7 @@ class LatentCacheLayer(CacheLayerMixin):
         filled = self.rows[:, : self.length][indices.to(self.rows.device)]
         rows = filled.new_empty(filled.shape[0], self.rows.shape[1], filled.shape[2])
         rows[:, : self.length] = filled
-        self.rows = rows
+        self.rows, self.is_recorded = rows, torch.is_grad_enabled()
 
     def offload(self) -> None:
         """Move the rows to the CPU."""
@@ -161,8 +163,9 @@ class LatentCacheLayer(CacheLayerMixin):
         B, capacity, width = held.shape
         # A buffer made under inference_mode cannot be written outside of it.
         is_frozen = held.is_inference() and not torch.is_inference_mode_enabled()
-        if length <= capacity and not is_frozen:
+        if length <= capacity and not is_frozen and not self.is_recorded:
             return held
+        self.is_recorded = False
         new_capacity = max(length, int(GROWTH * capacity)) if length > capacity else capacity
         rows = held.new_empty(B, new_capacity, width)
         rows[:, : self.length] = held[:, : self.length]
