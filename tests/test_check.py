@@ -225,7 +225,9 @@ def test_a_step_that_raises_or_gives_nan_is_a_failure(monkeypatch, capsys):
     assert lines[-1].startswith("check: failed on cpu in float32: ")
 
 
-def test_a_device_that_is_not_there_is_one_line(capsys):
-    assert main(["check", "--device", "cuda:77"]) == 2
+@pytest.mark.parametrize("device", ["cuda:77", "meta", "abacus"])
+def test_a_device_that_is_not_there_is_one_line(device, capsys):
+    assert main(["check", "--device", device]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("mla: error: --device has value 'cuda:77'") and error.count("\n") == 1
+    assert error.startswith(f"mla: error: --device has value '{device}'")
+    assert error.count("\n") == 1

@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config = config_of(options.preset)
-    setup = Setup(config, device_of(options.device), DTYPES[options.dtype], options.seed)
+    dtype = DTYPES[options.dtype]
+    setup = Setup(config, device_of(options.device, dtype), dtype, options.seed)
     answers = conformance(setup, options.impl)
     failed = [answer for answer in answers if not answer.passed]
     if options.json:

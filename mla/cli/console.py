@@ -10,7 +10,6 @@ import importlib.util
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,20 +67,12 @@ def one_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
-def existing_folder(name: str, path: Path) -> Path:
-    """``path`` if it is a folder."""
-    if not path.is_dir():
-        fact = "is not a folder" if path.exists() else "does not exist"
-        raise CommandError(f"{name} {path} {fact}, expected a folder with a model")
-    return path
-
-
-def device_of(name: str) -> torch.device:
-    """The device of that name, if this machine has it."""
+def device_of(name: str, dtype: torch.dtype = torch.float32) -> torch.device:
+    """The device of that name, if this machine has it and it computes in ``dtype``."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device, dtype=dtype).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
         first = str(error).split("\n", 1)[0]
         raise CommandError(f"--device has value {name!r}, which cannot be used: {first}") from None
     return device
@@ -91,11 +82,17 @@ def device_of(name: str) -> torch.device:
 def quiet() -> Iterator[None]:
     """Silence the warnings and the bars of transformers: the commands say what matters."""
     logging = importlib.import_module("transformers.utils.logging")
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager
