@@ -192,6 +192,12 @@ def _flatten(view: CacheView) -> tuple[list[Any], tuple[Any, ...]]:
     return [getattr(view, name) for name in _LEAVES], (view.C, view.R, view.codec.spec, view.shard)
 
 
+def _flatten_with_keys(view: CacheView) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+    leaves, context = _flatten(view)
+    keys = [pytree.GetAttrKey(name) for name in _LEAVES]
+    return list(zip(keys, leaves, strict=True)), context
+
+
 def _unflatten(leaves: Any, context: tuple[Any, ...]) -> CacheView:
     C, R, spec, shard = context
     fields = dict(zip(_LEAVES, leaves, strict=True))
@@ -203,6 +209,7 @@ pytree.register_pytree_node(
     _flatten,
     _unflatten,
     serialized_type_name="mla.view.CacheView",
+    flatten_with_keys_fn=_flatten_with_keys,
     to_dumpable_context=lambda context: [*context[:3], list(context[3])],
     from_dumpable_context=lambda dumped: (*dumped[:3], tuple(dumped[3])),
 )

@@ -89,7 +89,8 @@ def gather(view: CacheView, begin: int, end: int, dtype: torch.dtype) -> tuple[T
     out[:, (positions - begin)[wanted]] = rows[:, wanted]
     latent, k_rope = out.split([view.C, view.R], dim=-1)
     latent = rotate_latent(latent) if view.codec.rotation else latent.contiguous()
-    return latent, k_rope.contiguous()
+    # A copy even of one row, which is contiguous: outputs of an op must not share memory.
+    return latent, k_rope.clone(memory_format=torch.contiguous_format)
 
 
 def append(view: CacheView, latent: Tensor, k_rope: Tensor, new_lengths: Tensor | None) -> None:
