@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+from helpers import assert_within_budget
 from hf_models import assert_equal_logits, attention, left_padded, logits, tiny_model
 from hf_models import tokens as random_tokens
 
@@ -148,6 +149,38 @@ def test_weights_are_read_at_every_call() -> None:
     options = {"max_new_tokens": 5, "do_sample": False}
     ids = random_tokens(2, 6)
     assert torch.equal(model.generate(ids, **options), stock.generate(ids, **options))
+
+
+DENSE = {"first_k_dense_replace": 2}  # a router would turn rounding into other experts
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_loses_no_more_than_the_stock_model(dtype: torch.dtype) -> None:
+    exact = tiny_model("deepseek_v3", **DENSE)
+    stock = tiny_model("deepseek_v3", dtype=dtype, **DENSE)
+    model = copy.deepcopy(stock)
+    replace_attention(model)
+    batch = left_padded([4, 9])
+    seen = batch["attention_mask"].bool()[..., None]
+    oracle, ours, eager = (logits(m, **batch) * seen for m in (exact, model, stock))
+    assert_within_budget(ours, oracle, eager, "logits")
+    assert model.generate(**batch, max_new_tokens=4).shape == (2, 13)
+
+
+def test_autocast() -> None:
+    """Norms stay in float32 there, so latents, keys and queries come in mixed dtypes."""
+    exact = tiny_model("deepseek_v3", **DENSE)
+    stock = tiny_model("deepseek_v3", dtype=torch.float32, **DENSE)
+    model = copy.deepcopy(stock)
+    replace_attention(model)
+    batch = left_padded([4, 9])
+    seen = batch["attention_mask"].bool()[..., None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, eager = logits(model, **batch), logits(stock, **batch)
+        assert_within_budget(ours * seen, logits(exact, **batch) * seen, eager * seen, "logits")
+        assert model.generate(**batch, max_new_tokens=4).shape == (2, 13)
+        model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in attention(model).parameters())
 
 
 # --- adapters and quantised layers

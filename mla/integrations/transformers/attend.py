@@ -64,7 +64,7 @@ def attend(
         impl: as in `mla.ops.mla_decode`.
 
     Returns:
-        ``[B, L, H, V]``, dtype of ``query``; 0 where a query sees no key (runs of keys only).
+        ``[B, L, H, V]``, dtype of ``query`` or that of autocast; 0 where a query sees no key.
 
     Raises:
         UnsupportedError: ``kv_b_proj`` is not one plain matrix.
@@ -79,7 +79,8 @@ def attend(
         )
     if runs.num_keys < T:
         latent, k_rope = latent[:, :, : runs.num_keys], k_rope[:, :, : runs.num_keys]
-    weight = weight.to(query.dtype)
+    dtype = _compute_dtype(query)
+    query, latent, k_rope, weight = (x.to(dtype) for x in (query, latent, k_rope, weight))
     sizes: Any = Sizes(latent.shape[-1], nope_dim, value_dim)
     tensors = (query, latent, k_rope, weight)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
@@ -87,14 +88,22 @@ def attend(
         return _attend_absorbed(*tensors, nope_dim, value_dim, runs, scale, impl)
     return mla_prefill(
         query.transpose(1, 2),
-        latent[:, 0].to(query.dtype),
-        k_rope[:, 0].to(query.dtype),
+        latent[:, 0],
+        k_rope[:, 0],
         weight,
         scale=scale,
         key_starts=runs.starts,
         key_lengths=runs.lengths,
         impl=impl,
     ).out
+
+
+def _compute_dtype(query: Tensor) -> torch.dtype:
+    """That of the queries, or what autocast would make of them; float64 is left alone as there."""
+    device = query.device.type
+    if query.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return query.dtype
 
 
 def _weight(kv_b_proj: nn.Module) -> Tensor | None:
@@ -121,7 +130,7 @@ def _attend_absorbed(
     B, H, _, width = query.shape
     q_nope_BLHN, q_rope_BLHR = query.transpose(1, 2).split([N, width - N], dim=-1)
     w_uk, w_uv = split_kv_b(weight, H, N, V)
-    rows_BTW = joint_rows(latent, k_rope).to(query.dtype)
+    rows_BTW = joint_rows(latent, k_rope)
     lengths = runs.lengths
     if lengths is None:
         lengths = torch.full((B,), runs.num_keys, dtype=torch.int32, device=query.device)
