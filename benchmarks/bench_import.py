@@ -19,7 +19,7 @@ from benchmarks.sweep import Benchmark, Options, main
 TARGET_MS = 300
 NUM_MODULES = 8
 # What is timed, and what is imported before the clock starts.
-IMPORTS = {"torch": "sys", "einops": "torch", "mla": "torch"}
+IMPORTS = {"torch": "sys", "mla": "torch"}
 TIMED = """
 import time, {before}
 wall, cpu = time.perf_counter(), time.process_time()
