@@ -4,6 +4,8 @@
 here when the code changes. Add a break with each new capability: the one that a reader would miss.
 """
 
+from mutants_ops import MUTANTS as BREAKS_OF_OPS
+
 from tools.mutants import Mutant
 
 CONFIG = "tests/test_config.py"
@@ -16,8 +18,10 @@ ADAPTERS = "tests/test_absorb_adapters.py"
 CONVERT = "tests/test_convert.py"
 CONVERT_STATISTICS = "tests/test_convert_statistics.py"
 CHECKPOINT = "tests/test_checkpoint.py"
+TRANSFORMERS = "tests/test_transformers"
 
 MUTANTS: list[Mutant] = [
+    *BREAKS_OF_OPS,
     Mutant(
         name="scale-forgets-the-rotated-width",
         file="mla/config.py",
@@ -208,5 +212,91 @@ MUTANTS: list[Mutant] = [
         original="_read_config(path)",
         broken="pass",
         tests=(f"{CHECKPOINT}::test_overwrite_replaces_a_converted_model_only",),
+    ),
+    Mutant(
+        name="transformers-takes-a-mask-with-holes-for-a-run",
+        file="mla/integrations/transformers/masks.py",
+        original="elif not bool(is_run.all()):",
+        broken="elif not bool(is_run.any()):",
+        tests=(f"{TRANSFORMERS}_masks.py::test_rows_with_holes_stay_boolean",),
+    ),
+    Mutant(
+        name="transformers-aligns-a-missing-mask-at-the-last-key",
+        file="mla/integrations/transformers/masks.py",
+        original="return KeyRuns(None, None, num_queries) if num_queries <= num_keys else None",
+        broken="return KeyRuns(None, None, num_keys) if num_queries <= num_keys else None",
+        tests=(f"{TRANSFORMERS}_attend.py::test_without_a_mask_sdpa_of_transformers_decides",),
+    ),
+    Mutant(
+        name="transformers-leaves-out-a-bidirectional-mask",
+        file="mla/integrations/transformers/masks.py",
+        original="options = kwargs | never_skip",
+        broken="options = kwargs",
+        tests=(f"{TRANSFORMERS}_masks.py::test_other_patterns_stay_boolean",),
+    ),
+    Mutant(
+        name="transformers-trains-through-the-decode-op",
+        file="mla/integrations/transformers/attend.py",
+        original="if not needs_grad and should_absorb(L, runs.num_keys, sizes):",
+        broken="if should_absorb(L, runs.num_keys, sizes):",
+        tests=(f"{TRANSFORMERS}_attend.py::test_gradients_equal_those_of_plain_attention",),
+    ),
+    Mutant(
+        name="transformers-joins-rows-of-other-positions",
+        file="mla/integrations/transformers/attend.py",
+        original="and latent.storage_offset() + C == k_rope.storage_offset()",
+        broken="and latent.storage_offset() != k_rope.storage_offset()",
+        tests=(f"{TRANSFORMERS}_attend.py::test_rows_are_joined_only_where_they_lie_apart",),
+    ),
+    Mutant(
+        name="transformers-copies-the-cache-in-compiled-steps",
+        file="mla/integrations/transformers/attend.py",
+        original="if base is not None and base is k_rope._base and _is_buffer(base, B, T, width):",
+        broken="if base is k_rope and _is_buffer(base, B, T, width):",
+        tests=(f"{TRANSFORMERS}_compile.py::test_generate_compiles_decoding_by_itself",),
+    ),
+    Mutant(
+        name="transformers-overwrites-recorded-rows",
+        file="mla/integrations/transformers/caches.py",
+        original="if length <= capacity and not is_frozen and not self.is_recorded:",
+        broken="if length <= capacity and not is_frozen:",
+        tests=(f"{TRANSFORMERS}_caches.py::test_a_recorded_step_keeps_its_rows",),
+    ),
+    Mutant(
+        name="transformers-moves-a-static-cache",
+        file="mla/integrations/transformers/caches.py",
+        original="self.rows.copy_(self.rows[beam_idx.to(self.rows.device)])",
+        broken="self.rows = self.rows[beam_idx.to(self.rows.device)]",
+        tests=(f"{TRANSFORMERS}_caches.py::test_a_static_layer_holds_what_transformers_holds",),
+    ),
+    Mutant(
+        name="transformers-ignores-keywords",
+        file="mla/integrations/transformers/dispatch.py",
+        original="if value is None or value is False or name in HARMLESS:",
+        broken='if name != "output_attentions":',
+        tests=(
+            f"{TRANSFORMERS}_replace.py::test_keywords_that_may_change_the_mathematics_are_refused",
+        ),
+    ),
+    Mutant(
+        name="transformers-reads-masks-it-does-not-know",
+        file="mla/integrations/transformers/dispatch.py",
+        original="if implementation not in MASKS:",
+        broken="if implementation is None:",
+        tests=(f"{TRANSFORMERS}_replace.py::test_masks_that_cannot_be_read_are_refused",),
+    ),
+    Mutant(
+        name="transformers-writes-a-shared-config",
+        file="mla/integrations/transformers/replace.py",
+        original="result = copy.copy(config)",
+        broken="result = config",
+        tests=(f"{TRANSFORMERS}_replace.py::test_restoring_gives_back_exactly_the_stock_model",),
+    ),
+    Mutant(
+        name="transformers-mixes-stock-and-replaced-layers",
+        file="mla/integrations/transformers/replace.py",
+        original="if reason is None and id(owner) in stock:",
+        broken="if reason is None and id(layer) in stock:",
+        tests=(f"{TRANSFORMERS}_inputs.py::test_a_quantised_layer_keeps_its_decoder_stock",),
     ),
 ]

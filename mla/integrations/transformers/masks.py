@@ -87,7 +87,8 @@ def _boolean_mask(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """transformers' own mask, always formed: a missing one would be taken for plain causal."""
-    options = kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    never_skip = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    options = kwargs | never_skip
     mask: Tensor = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
