@@ -67,7 +67,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         name="merge-forgets-the-sum-of-a-part",
         file="mla/kernels/eager/decode.py",
-        original="weight = torch.exp(top - highest) * torch.stack([part.total for part in flat])",
+        original="weight = torch.exp(top - highest) * total",
         broken="weight = torch.exp(top - highest)",
         tests=(f"{MODULE}::test_cached_steps_equal_one_pass",),
     ),

@@ -46,6 +46,7 @@ def load_mutants(path: Path) -> list[Mutant]:
     spec = importlib.util.spec_from_file_location("mutants_list", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # the list may be cut into several files
     spec.loader.exec_module(module)
     mutants: list[Mutant] = module.MUTANTS
     return mutants
