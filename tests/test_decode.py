@@ -22,7 +22,7 @@ from torch import Tensor
 from mla import reference
 from mla.codec import Int8Codec, PlainCodec
 from mla.kernels.eager import decode as eager
-from mla.ops import AttentionOutput, merge_partials, mla_decode
+from mla.ops import AttentionOutput, merge_partials, mla_append, mla_decode, mla_gather
 from mla.view import CacheView
 
 F64 = torch.float64
@@ -73,8 +73,8 @@ def attend(case: DecodeCase, rows: tuple[Tensor, Tensor], dtype: torch.dtype) ->
 def check(case: DecodeCase, path: str) -> None:
     view = case.view()
     rows = stored_rows(view, case.S)
-    actual, oracle, plain = decode(case, view, path), attend(case, rows, F64), None
-    plain = attend(case, rows, case.dtype)
+    actual = decode(case, view, path)
+    oracle, plain = attend(case, rows, F64), attend(case, rows, case.dtype)
     assert_within_budget(actual.out, oracle.out, plain.out, "out")
     assert_lse_within_budget(actual.lse, oracle.lse, plain.lse)
     assert actual.out.dtype == case.dtype
@@ -300,3 +300,7 @@ def test_offsets_beyond_2_to_the_31(codec, dtype):
     expected = mla_decode(*q, small, scale=0.04)
     out, lse = mla_decode(*q, big, scale=0.04)
     assert torch.equal(out, expected.out) and torch.equal(lse, expected.lse)
+    mla_append(big, latent[:, :2].bfloat16(), k_rope[:, :2].bfloat16())
+    assert torch.equal(rows[-1, 9:11], coded[0, :2]) and torch.equal(rows[-1, :9], coded[0, :9])
+    past = mla_gather(big, 8, 11, dtype=F64)
+    assert torch.equal(past.latent, mla_gather(small, 0, 11, dtype=F64).latent[:, [8, 0, 1]])
