@@ -6,6 +6,7 @@ or `pip install --no-build-isolation .` builds it.
 """
 
 import os
+import platform
 import shlex
 import shutil
 import sys
@@ -15,7 +16,16 @@ from typing import Any
 from setuptools import setup
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest torch that the package admits
-PYTHON_LIMITED_API = "0x030a0000"  # 3.10
+
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+# One file for each instruction set, chosen at run time: no other file may have its flags.
+FLAGS_OF_FILES: dict[str, list[str]] = {
+    "decode_avx2.cpp": AVX2_FLAGS,
+    "decode_avx512.cpp": AVX512_FLAGS,
+    "decode_avx512bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
+}
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 def reason_not_to_build(sources: list[str]) -> str | None:
@@ -36,29 +46,49 @@ def extension_arguments(sources: list[str]) -> dict[str, Any]:
     """`setup` arguments of a stable-ABI extension, one for all Pythons and torches we admit."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall"]
+    class BuildKernels(BuildExtension):  # type: ignore[misc]
+        """Adds the flags of each file; torch's own class wraps what it finds here."""
+
+        def build_extensions(self) -> None:
+            compile_one = self.compiler._compile
+
+            def compile_with_flags(
+                obj: str, source: str, ext: str, cc_args: Any, extra: list[str], pp_opts: Any
+            ) -> None:
+                own = FLAGS_OF_FILES.get(Path(source).name, [])
+                compile_one(obj, source, ext, cc_args, [*extra, *own], pp_opts)
+
+            self.compiler._compile = compile_with_flags
+            super().build_extensions()
+
+    # GCC 12 warns of uninitialised values inside its own AVX-512 headers.
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall"]
+    flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi", "-g0"]
     if sys.platform.startswith("linux"):
         flags.append("-fopenmp")  # without it torch's parallel_for runs serially, silently
     extension = CppExtension(
         "mla._C",
         sources,
-        py_limited_api=True,
-        define_macros=[
+        py_limited_api=True,  # defines Py_LIMITED_API for 3.10, torch's oldest Python
+        define_macros=[  # py_limited_api adds Py_LIMITED_API itself?
             ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
             ("Py_LIMITED_API", PYTHON_LIMITED_API),
         ],
         extra_compile_args={"cxx": flags},
         extra_link_args=["-fopenmp"] if sys.platform.startswith("linux") else [],
+        optional=True,  # where it does not compile the package is still complete
         depends=sorted(str(header) for header in Path("csrc").glob("*.h")),
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=False)},
+        "cmdclass": {"build_ext": BuildKernels.with_options(use_ninja=False)},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-sources = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+sources = sorted(
+    str(path) for path in Path("csrc").glob("*.cpp") if IS_X86 or path.name not in FLAGS_OF_FILES
+)
 reason = reason_not_to_build(sources)
 print(f"mla: {'building the C++ kernels' if reason is None else f'pure Python, {reason}'}")
 setup(**(extension_arguments(sources) if reason is None else {}))

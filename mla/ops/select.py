@@ -16,7 +16,7 @@ import torch
 
 from mla.checks import FLOAT_DTYPES, UnsupportedError
 
-Impl = Literal["auto", "triton", "torch"]
+Impl = Literal["auto", "triton", "cpp", "torch"]
 OpName = Literal["mla_decode", "mla_prefill", "mla_append", "mla_gather", "merge_partials"]
 OPS: tuple[OpName, ...] = (
     "mla_decode",
@@ -76,6 +76,16 @@ def _triton_reason(case: Case) -> str | None:
     return None
 
 
+def _cpp_reason(case: Case) -> str | None:
+    if case.device != "cpu":
+        return f"needs a CPU, got {case.device}"
+    if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"needs float32, bfloat16 or float16, got {case.dtype}"
+    from mla.kernels import cpu
+
+    return cpu.reason_absent()
+
+
 # Fastest first; "auto" takes the first row that can run.
 TABLE: tuple[Implementation, ...] = (
     Implementation(
@@ -86,9 +96,22 @@ TABLE: tuple[Implementation, ...] = (
         reason_not=_triton_reason,
         kernels={
             "mla_decode": "mla.kernels.decode:decode",
+            "mla_prefill": "mla.kernels.prefill:prefill",
+            "mla_prefill_backward": "mla.kernels.prefill:prefill_backward",
             "mla_append": "mla.kernels.append:append",
             "mla_norm_rope_append": "mla.kernels.append:norm_rope_append",
             "merge_partials": "mla.kernels.merge:merge",
+        },
+    ),
+    Implementation(
+        name="cpp",
+        devices=("cpu",),
+        batch_invariant=True,
+        note="C++ kernels for AVX-512 with and without bfloat16 products, AVX2 and any other "
+        "processor; float32 to float16; built where there is a C++ compiler",
+        reason_not=_cpp_reason,
+        kernels={
+            "mla_decode": "mla.kernels.cpu:decode",
         },
     ),
     Implementation(

@@ -1,0 +1,129 @@
+// The operators of `mla_cpp` and the Python module that loads them. Nothing is computed here.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "checks.h"
+#include "decode.h"
+
+namespace {
+
+using mla::Cache;
+using mla::CodecKind;
+using mla::DecodeKernels;
+using mla::DecodeParams;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// In the order of preference; the index names a set in calls.
+const DecodeKernels* kernels_of(int64_t index) {
+  switch (index) {
+    case 0: return &mla::kDecodePortable;
+#if defined(__x86_64__)
+    case 1: return &mla::kDecodeAvx2;
+    case 2: return &mla::kDecodeAvx512;
+    case 3: return &mla::kDecodeAvx512Bf16;
+#endif
+    default: return nullptr;
+  }
+}
+
+// Bit i: this processor has instruction set i.
+int64_t instruction_sets() {
+  int64_t found = 1;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  found |= (avx2 ? 2 : 0) | (avx512 ? 4 : 0);
+  found |= avx512 && __builtin_cpu_supports("avx512bf16") ? 8 : 0;
+#endif
+  return found;
+}
+
+void set_codec(Cache& cache, int64_t kind, int64_t group, int64_t rope_bits, int64_t scales_at,
+               int64_t rope_at) {
+  MLA_CHECK(kind >= 0 && kind <= 3, "CacheView: codec has kind ", kind, ", expected 0 to 3");
+  cache.codec = {static_cast<CodecKind>(kind), group, rope_bits, scales_at, rope_at};
+}
+
+const char* query_data(const char* name, const Tensor& query, int64_t (&strides)[3]) {
+  const int64_t bytes = static_cast<int64_t>(query.element_size());
+  MLA_CHECK(
+      query.size(3) <= 1 || query.stride(3) == 1, "mla_decode: ", name, " has last stride ",
+      query.stride(3), ", expected 1");
+  for (int64_t dim = 0; dim < 3; ++dim) strides[dim] = query.stride(dim) * bytes;
+  return static_cast<const char*>(query.data_ptr());
+}
+
+void decode(Tensor q_latent, Tensor q_rope, Tensor rows, MaybeTensor page_table, Tensor lengths,
+            MaybeTensor starts, MaybeTensor query_lengths, Tensor out, Tensor lse, double scale,
+            int64_t shard_index, int64_t shard_count, int64_t kind, int64_t group,
+            int64_t rope_bits, int64_t scales_at, int64_t rope_at, int64_t set) {
+  constexpr const char* op = "mla_decode";
+  const DecodeKernels* kernels = kernels_of(set);
+  MLA_CHECK(
+      kernels != nullptr && (instruction_sets() >> set & 1), op, ": instruction set ", set,
+      " is not one of this processor");
+  mla::check_dims(op, "q_latent", q_latent, 4);
+  DecodeParams p;
+  p.B = q_latent.size(0), p.L = q_latent.size(1), p.H = q_latent.size(2), p.C = q_latent.size(3);
+  mla::check_dims(op, "q_rope", q_rope, 4);
+  mla::check_dims(op, "out", out, 4);
+  mla::check_dims(op, "lse", lse, 3);
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    mla::check_size(op, "q_rope", q_rope, dim, q_latent.size(dim));
+    mla::check_size(op, "out", out, dim, q_latent.size(dim));
+    mla::check_size(op, "lse", lse, dim, q_latent.size(dim));
+  }
+  mla::check_size(op, "out", out, 3, p.C);
+  MLA_CHECK(out.is_contiguous() && lse.is_contiguous(), op, ": out or lse is strided");
+  p.R = q_rope.size(3);
+  p.q_dtype = mla::dtype_of(op, "q_latent", q_latent);
+  p.out_dtype = mla::dtype_of(op, "out", out);
+  MLA_CHECK(
+      p.q_dtype == mla::dtype_of(op, "q_rope", q_rope) && p.q_dtype != mla::Dtype::kUInt8 &&
+          p.out_dtype != mla::Dtype::kUInt8 &&
+          mla::dtype_of(op, "lse", lse) == mla::Dtype::kFloat32,
+      op, ": queries, out and lse have dtypes that do not fit");
+  p.q_latent = query_data("q_latent", q_latent, p.q_latent_strides);
+  p.q_rope = query_data("q_rope", q_rope, p.q_rope_strides);
+  p.query_lengths = mla::int32_data(op, "query_lengths", query_lengths, 1, p.B);
+  p.out = out.data_ptr();
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.scale = static_cast<float>(scale);
+  p.cache.shard_index = shard_index;
+  p.cache.shard_count = shard_count;
+  set_codec(p.cache, kind, group, rope_bits, scales_at, rope_at);
+  mla::bind_cache("CacheView", p.cache, rows, page_table, lengths, starts, p.B, p.C, p.R);
+  if (p.B * p.L * p.H > 0) mla::decode(p, *kernels);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(mla_cpp, m) {
+  m.def("instruction_sets() -> int");
+  m.def(
+      "decode(Tensor q_latent, Tensor q_rope, Tensor rows, Tensor? page_table, Tensor lengths, "
+      "Tensor? starts, Tensor? query_lengths, Tensor(a!) out, Tensor(b!) lse, float scale, "
+      "int shard_index, int shard_count, int kind, int group, int rope_bits, int scales_at, "
+      "int rope_at, int set) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mla_cpp, CPU, m) { m.impl("decode", TORCH_BOX(&decode)); }
+
+STABLE_TORCH_LIBRARY_IMPL(mla_cpp, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
+}
+
+// `import mla._C` registers the operators; the module itself is empty.
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C(void) {
+  static struct PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}
