@@ -6,11 +6,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import make_view, randn
+from helpers import assert_lse_within_budget, assert_within_budget, make_view, randn
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CODECS, DecodeCase, decode_cases
 
+from mla import reference
 from mla.kernels.eager import decode as eager
 from mla.kernels.eager.rows import fetch, fetch_masked, local_count
 from mla.ops import mla_decode
@@ -37,6 +38,37 @@ def test_chunks_give_what_one_product_gives(case, keys, most):
         chunked = run(case, view)
     torch.testing.assert_close(chunked[0], out, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(chunked[1], lse, rtol=1e-12, atol=1e-13)
+
+
+@given(
+    case=decode_cases(lengths=LONG, dtype=st.sampled_from([torch.bfloat16, torch.float16])),
+    keys=st.sampled_from([1, 8, 16]),
+    widened=st.sampled_from([1, 300, 1 << 24]),
+    multiplies=st.booleans(),
+)
+def test_16_bit_chunks_lose_no_more_than_one_product(case, keys, widened, multiplies):
+    exact, plain = attend(case, F64), attend(case, case.dtype)
+    with (
+        patch.object(eager, "KEYS_PER_CHUNK", keys),
+        patch.object(eager, "MAX_WIDENED", widened),
+        patch.object(eager, "_multiplies", lambda dtype: multiplies),
+    ):
+        out, lse = eager.decode(*case.queries(), case.view(), case.scale, case.counts(), case.dtype)
+    assert_within_budget(out, exact.out, plain.out, "out")
+    assert_lse_within_budget(lse, exact.lse, plain.lse)
+
+
+def attend(case: DecodeCase, dtype: torch.dtype) -> reference.Attention:
+    """The oracle's attention in ``dtype``, over rows and queries rounded to that of the case."""
+    starts = None if case.starts is None else torch.tensor(case.starts)
+    return reference.absorbed_attention(
+        *(x.to(dtype) for x in case.queries()),
+        *(x.to(case.dtype).to(dtype) for x in case.rows()),
+        torch.tensor(case.lengths),
+        scale=case.scale,
+        starts=starts,
+        query_lengths=case.counts(),
+    )
 
 
 @given(
@@ -102,6 +134,14 @@ def test_equal_neighbours_are_one_run():
     )
     runs = [(run.b0, run.b1, run.begin, run.ends) for run in eager._runs(view, 2, None)]
     assert runs == [(0, 2, 0, (6, 7)), (2, 3, 1, (6, 7)), (3, 4, 1, (8, 9)), (4, 5, 1, (6, 7))]
+
+
+def test_long_rows_stay_alone_where_they_are_faster_alone():
+    view = make_view(
+        randn(4, 9, 4, seed=0, dtype=F64), randn(4, 9, 2, seed=1, dtype=F64), [8, 8, 9, 9]
+    )
+    runs = [(run.b0, run.b1) for run in eager._runs(view, 1, None, 9)]
+    assert runs == [(0, 2), (2, 3), (3, 4)]
 
 
 def test_plain_dense_rows_are_read_in_place():
