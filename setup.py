@@ -70,10 +70,7 @@ def extension_arguments(sources: list[str]) -> dict[str, Any]:
         "mla._C",
         sources,
         py_limited_api=True,  # defines Py_LIMITED_API for 3.10, torch's oldest Python
-        define_macros=[  # py_limited_api adds Py_LIMITED_API itself?
-            ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-            ("Py_LIMITED_API", PYTHON_LIMITED_API),
-        ],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args={"cxx": flags},
         extra_link_args=["-fopenmp"] if sys.platform.startswith("linux") else [],
         optional=True,  # where it does not compile the package is still complete
