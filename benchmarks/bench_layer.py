@@ -13,8 +13,9 @@ Dims: D=2048, H=16, C=512, N=128, R=64, V=128, batch 1; S cached positions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from benchmarks.harness import Candidate, Point
 from benchmarks.report import Row
 from benchmarks.sweep import Benchmark, Comparison, Options, main
 from mla import DenseLatentCache, MLAConfig, MultiheadLatentAttention, reference
+from mla.ops import supported_impls
+from mla.ops.select import Impl
 
 CONFIG = MLAConfig(
     hidden_size=2048,
@@ -32,7 +35,9 @@ CONFIG = MLAConfig(
     qk_rope_head_dim=64,
     v_head_dim=128,
 )
-IMPLS = ("transformers sdpa", "transformers eager", "mla")
+# Ours once for each implementation of the decode op that runs here, the fastest last.
+OURS = tuple(name for name, reason in supported_impls("mla_decode") if reason is None)[::-1]
+IMPLS = ("transformers sdpa", "transformers eager", *(f"mla {name}" for name in OURS))
 # How many times faster than transformers' default, by dtype and S.
 TARGETS = {
     ("float32", 2048): 25,
@@ -120,7 +125,9 @@ def setup(point: Point, impl: str) -> Candidate:
 
 def _step(layer: MultiheadLatentAttention, given: Inputs, impl: str) -> Step:
     S = given.latent.shape[1]
-    if impl == "mla":
+    if impl.startswith("mla"):
+        layer = copy(layer)
+        layer.impl = cast(Impl, impl.split()[-1])
         cache = DenseLatentCache(CONFIG, batch_size=1, dtype=given.latent.dtype)
         cache.reserve(S)
         cache.append(0, given.latent, given.k_rope)
@@ -151,7 +158,7 @@ def _flops(S: int, impl: str) -> int:
     D, H, C = c.hidden_size, c.num_attention_heads, c.kv_lora_rank
     N, R, V = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
     products = D * H * (N + R) + D * (C + R) + H * V * D
-    if impl == "mla":
+    if impl.startswith("mla"):
         products += H * C * (N + V) + (S + 1) * H * (2 * C + R)
     else:
         products += (S + 1) * H * (C * (N + V) + N + R + V)
@@ -188,7 +195,7 @@ COMPARISON = Comparison(impls=IMPLS, setup=setup, expected=expected)
 def rows_at(point: Point, options: Options, on_round: Callable[[], None]) -> list[Row]:
     target = TARGETS.get((str(point["dtype"]), int(point["S"])))
     return [
-        {**row, "target": target if row["impl"] == "mla" else None}
+        {**row, "target": target if str(row["impl"]).startswith("mla") else None}
         for row in COMPARISON.rows_at(point, options, on_round)
     ]
 
