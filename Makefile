@@ -4,6 +4,7 @@
 #   make data       the real model and text, fetched once; DATA=DIR chooses the folder
 #   make demo       convert a real model and show what that saves and costs
 #   make test       environment, data, checks and all tests
+#   make test-oldest  the transformers drop-in on the oldest transformers that is supported
 #   make check      ruff, mypy, layering
 #   make bench      every benchmark, to out/bench
 #   make gpu        the tests that need a CUDA device, in the Python that has it (GPU_PYTHON=python3)
@@ -27,7 +28,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help env data demo test check bench gpu mutants thorough clean
+.PHONY: help env data demo test test-oldest check bench gpu mutants thorough clean
 .NOTPARALLEL:
 
 help:
@@ -46,6 +47,22 @@ demo: data
 
 test: data check
 	@$(PYTEST) -n $(WORKERS) --timeout 600 $(TEST_ARGS)
+
+# With its dependencies, but never another torch: the folder comes before .venv on the path.
+OLDEST_TRANSFORMERS := 5.15.0
+OLDEST_DIR := .cache/transformers-$(OLDEST_TRANSFORMERS)
+
+$(OLDEST_DIR): | env
+	@rm -rf $@.part && mkdir -p .cache
+	@$(PY) -m pip install -q --disable-pip-version-check --target $@.part \
+	    "transformers==$(OLDEST_TRANSFORMERS)"
+	@mv $@.part $@
+
+test-oldest: data $(OLDEST_DIR)
+	@PYTHONPATH=$(OLDEST_DIR) $(PY) -c 'import transformers as t; \
+	    assert t.__version__ == "$(OLDEST_TRANSFORMERS)", t.__version__'
+	@PYTHONPATH=$(OLDEST_DIR) $(PYTEST) -n $(WORKERS) --timeout 600 \
+	    tests/test_transformers_*.py $(TEST_ARGS)
 
 check: env
 	@$(PY) -m ruff check .
