@@ -7,6 +7,9 @@ namespace mla {
 namespace {
 
 struct Avx512Bf16 : Avx512 {
+  static void store_bf16(uint16_t* p, V x) {  // flushes subnormals, which is no loss here
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+  }
   // Nearest bfloat16 of two vectors, side by side in 32-bit lanes.
   static void store_pairs(uint32_t* p, V even, V odd) {
     const __m256i low = (__m256i)_mm512_cvtneps_pbh(even);

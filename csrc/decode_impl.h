@@ -106,11 +106,19 @@ struct Decode {
       convert_values(p.q_latent + b * sl[0] + l * sl[1] + h * sl[2], dtype, p.C, sink, 0);
       convert_values(p.q_rope + b * sr[0] + l * sr[1] + h * sr[2], dtype, p.R, sink, p.C);
     }
-    const int F = factor_of(count);
-    const int64_t rows_each = N / F;
     const float* from = reinterpret_cast<const float*>(queries);
+    switch (factor_of(count)) {
+      case 2: return transpose<2>(from, panel);
+      case 4: return transpose<4>(from, panel);
+      case 8: return transpose<8>(from, panel);
+      default: return transpose<N>(from, panel);
+    }
+  }
+
+  template <int F>
+  void transpose(const float* from, float* panel) const {
     for (int64_t unit = 0; unit < units; unit += F) {
-      for (int64_t row = 0; row < 2 * rows_each; ++row) {
+      for (int row = 0; row < 2 * N / F; ++row) {
         std::memcpy(panel + row * F, from + row * units + unit, F * sizeof(float));
       }
       panel += 2 * N;

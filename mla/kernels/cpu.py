@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
 from functools import cache
 from typing import Any, NamedTuple, NoReturn
@@ -53,6 +54,7 @@ def reason_absent() -> str | None:
 
 @cache
 def _op(name: str) -> Any:
+    describe()
     return getattr(torch.ops.mla_cpp, name).default
 
 
@@ -74,6 +76,17 @@ def _sections(codec: Any, C: int, R: int) -> tuple[int, ...]:
         return _PLAIN
     at = codec.sections(C, R)
     return KINDS[codec.kind], codec.group, codec.rope_bits, at.scales_at, at.rope_at
+
+
+@cache
+def _hadamard(size: int, dtype: torch.dtype) -> Tensor:
+    return rotate_latent(torch.eye(size, dtype=dtype))
+
+
+def _rotate(latent: Tensor) -> Tensor:
+    """`rotate_latent` with the matrix kept: making it takes longer than a short decode."""
+    size = math.gcd(latent.shape[-1], 128)
+    return (latent.unflatten(-1, (-1, size)) @ _hadamard(size, latent.dtype)).flatten(-2)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -105,7 +118,7 @@ def decode(
     """
     rotation = view.codec.rotation
     if rotation:
-        q_latent = rotate_latent(q_latent)
+        q_latent = _rotate(q_latent)
     if q_latent.stride(-1) != 1:
         q_latent = q_latent.contiguous()
     if q_rope.stride(-1) != 1:
@@ -132,5 +145,5 @@ def decode(
     except RuntimeError as error:
         _refuse(error)
     if rotation:
-        out = rotate_latent(out).to(out_dtype)
+        out = _rotate(out).to(out_dtype)
     return out, lse
