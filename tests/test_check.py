@@ -12,7 +12,6 @@ from mla.absorb import KeyValueWeights
 from mla.cli.check import conformance
 from mla.cli.check_conventions import conventions_of, wrong_conventions
 from mla.cli.check_setup import SMALL, Setup, config_of
-from mla.kernels.eager import prefill as eager
 from mla.presets import PRESETS
 from mla.rope import inverse_frequencies
 
@@ -28,6 +27,18 @@ def failures(setup: Setup = SETUP) -> dict[str, list[str]]:
     return found
 
 
+def break_kernel(monkeypatch, op: str, wrap) -> None:
+    """Let every implementation of ``op`` be what ``wrap`` makes of it."""
+    for module in (mla.ops.decode, mla.ops.prefill, mla.ops.append, mla.ops.merge):
+        kernel_for = module.kernel_for
+
+        def broken(impl, case, part=None, kernel_for=kernel_for):
+            kernel = kernel_for(impl, case, part)
+            return wrap(kernel) if case.op == op and part is None else kernel
+
+        monkeypatch.setattr(module, "kernel_for", broken)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 def test_this_build_passes(dtype, capsys):
     assert main(["check", "--dtype", dtype, "--seed", "3"]) == 0
@@ -39,6 +50,14 @@ def test_this_build_passes(dtype, capsys):
 def test_presets_pass(preset, capsys):
     assert main(["check", "--preset", preset]) == 0
     assert preset in capsys.readouterr().out.splitlines()[0]
+
+
+def test_one_implementation_can_be_named(capsys):
+    assert main(["check", "--impl", "torch"]) == 0
+    out = capsys.readouterr().out
+    assert "decode[torch]" in out and "layer[torch]" in out and "[auto]" not in out
+    assert main(["check", "--impl", "triton", "--dtype", "float64"]) == 2
+    assert "impl has value 'triton', which runs no op on cpu" in capsys.readouterr().err
 
 
 def test_json_lists_every_comparison(capsys):
@@ -139,47 +158,52 @@ def test_unscaled_frequencies_are_named(monkeypatch):
 
 
 def test_base_two_lse_is_named(monkeypatch):
-    decode = mla.ops.decode.eager.decode
+    def wrap(decode):
+        def broken(*arguments):
+            out, lse = decode(*arguments)
+            return out, lse / math.log(2)
 
-    def broken(*arguments):
-        out, lse = decode(*arguments)
-        return out, lse / math.log(2)
+        return broken
 
-    monkeypatch.setattr(mla.ops.decode.eager, "decode", broken)
+    break_kernel(monkeypatch, "mla_decode", wrap)
     found = failures()
     assert set(found) == {"decode", "merge"}
     assert set(found["decode"]) == {"the log-sum-exp is in base 2"}
 
 
 def test_top_left_mask_is_named(monkeypatch):
-    prefill = eager.prefill
+    def wrap(prefill):
+        def broken(query, latent, k_rope, weight, scale, masking, *rest):
+            if masking.key_lengths is None and masking.cu_seqlens_q is None:
+                latent, k_rope = (x[:, : query.shape[1]] for x in (latent, k_rope))
+            return prefill(query, latent, k_rope, weight, scale, masking, *rest)
 
-    def broken(query, latent, k_rope, weight, scale, masking, out_dtype, save):
-        if masking.key_lengths is None and masking.cu_seqlens_q is None:
-            latent, k_rope = (x[:, : query.shape[1]] for x in (latent, k_rope))
-        return prefill(query, latent, k_rope, weight, scale, masking, out_dtype, save)
+        return broken
 
-    monkeypatch.setattr(eager, "prefill", broken)
+    break_kernel(monkeypatch, "mla_prefill", wrap)
     assert "the causal mask is aligned top-left, not bottom-right" in failures()["prefill"]
 
 
 def test_missing_causal_mask_is_named(monkeypatch):
-    prefill = eager.prefill
+    def wrap(prefill):
+        def broken(query, latent, k_rope, weight, scale, masking, *rest):
+            masking = masking._replace(causal=False)
+            return prefill(query, latent, k_rope, weight, scale, masking, *rest)
 
-    def broken(query, latent, k_rope, weight, scale, masking, *rest):
-        return prefill(query, latent, k_rope, weight, scale, masking._replace(causal=False), *rest)
+        return broken
 
-    monkeypatch.setattr(eager, "prefill", broken)
+    break_kernel(monkeypatch, "mla_prefill", wrap)
     found = failures()
     assert "there is no causal mask" in found["prefill"]
     assert "there is no causal mask" in found["layer"]
 
 
 def test_averaged_parts_are_named(monkeypatch):
-    def broken(out, lse):
-        return out.mean(0), torch.logsumexp(lse, 0)
-
-    monkeypatch.setattr(mla.ops.merge.eager, "merge", broken)
+    break_kernel(
+        monkeypatch,
+        "merge_partials",
+        lambda merge: lambda out, lse: (out.mean(0), torch.logsumexp(lse, 0)),
+    )
     assert "parts are averaged, not weighted by log-sum-exp" in failures()["merge"]
 
 
@@ -216,8 +240,11 @@ def test_a_step_that_raises_or_gives_nan_is_a_failure(monkeypatch, capsys):
     def broken(*arguments):
         raise RuntimeError("no kernel\nfor this device")
 
-    monkeypatch.setattr(mla.ops.decode.eager, "decode", broken)
-    monkeypatch.setattr(mla.ops.merge.eager, "merge", lambda out, lse: (out[0] * math.nan, lse[0]))
+    def empty(merge):
+        return lambda out, lse: (out[0] * math.nan, lse[0])
+
+    break_kernel(monkeypatch, "mla_decode", lambda decode: broken)
+    break_kernel(monkeypatch, "merge_partials", empty)
     assert main(["check"]) == 1
     lines = capsys.readouterr().out.strip().splitlines()
     assert any("raises RuntimeError: no kernel for this device" in line for line in lines)

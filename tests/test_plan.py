@@ -98,3 +98,8 @@ def test_absorbing_pays_up_to_a_number_of_queries(preset, limit):
     config, T = MLAConfig.preset(preset), 10**9
     assert should_absorb(limit, T, config) and not should_absorb(limit + 1, T, config)
     assert not should_absorb(64, 64, config)  # a cold prefill
+
+
+def test_a_cold_prefill_never_absorbs_however_narrow_the_latent():
+    narrow = layer(kv_lora_rank=8)  # 2 * C < N + V: an absorbed score costs less than an expanded
+    assert should_absorb(63, 64, narrow) and not should_absorb(64, 64, narrow)

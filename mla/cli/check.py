@@ -33,8 +33,9 @@ OP_STAGES: tuple[tuple[OpName, Any], ...] = (
     ("mla_decode", decode_stage),
     ("mla_prefill", prefill_stage),
     ("merge_partials", merge_stage),
-    ("mla_decode", layer_stage),
 )
+# The layer needs every op: what "auto" takes for each, and the one implementation that has all.
+LAYER_IMPLS: tuple[Impl, ...] = ("auto", "torch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,27 +86,43 @@ def conformance(setup: Setup, impl: str | None = None) -> list[Answer]:
 
     right = conventions_of(config)
     truth, plain = oracle(right, cpu, torch.float64), oracle(right, device, dtype)
-    mistakes = [
-        (words, oracle(wrong, cpu, torch.float64)) for words, wrong in wrong_conventions(config)
-    ]
-    return [judge(question, truth, plain, mistakes) for question in _questions(setup, impl)]
+    mistakes = {
+        words: oracle(wrong, cpu, torch.float64) for words, wrong in wrong_conventions(config)
+    }
+    answers: list[Answer] = []
+    suspects: dict[str, None] = {}
+    for question in _questions(setup, impl):
+        answers.append(judge(question, truth, plain, mistakes, suspects))
+        suspects.update(dict.fromkeys(answers[-1].explanations))
+    return answers
 
 
 def _questions(setup: Setup, impl: str | None) -> Iterator[Question]:
     for stage in PLAIN_STAGES:
         yield from stage(setup)
-    asked = 0
-    for op, op_stage in OP_STAGES:
-        for name, reason in supported_impls(op, device=setup.device, dtype=setup.dtype):
-            if reason is not None or impl not in (None, name):
-                continue
-            asked += 1
-            for question in op_stage(setup, cast(Impl, name)):
-                yield question._replace(stage=f"{question.stage}[{name}]")
-    if not asked:
+    able = {op: _able(op, setup, impl) for op, _ in OP_STAGES}
+    if not any(able.values()):
         raise UnsupportedError(
-            f"check: impl has value {impl!r}, which runs no op on {setup.device} in {setup.dtype}"
+            f"check: impl has value {impl!r}, which runs no op on {_place(setup)}; "
+            "python -m mla info says why"
         )
+    for op, op_stage in OP_STAGES:
+        for name in able[op]:
+            yield from _named(op_stage(setup, name), name)
+    for name in LAYER_IMPLS:
+        if impl in (None, name):
+            yield from _named(layer_stage(setup, name), name)
+
+
+def _able(op: OpName, setup: Setup, impl: str | None) -> list[Impl]:
+    """The implementations to check for this op."""
+    rows = supported_impls(op, device=setup.device, dtype=setup.dtype)
+    able = [cast(Impl, name) for name, reason in rows if reason is None]
+    return [name for name in able if impl in (None, name)]
+
+
+def _named(questions: Iterator[Question], impl: str) -> Iterator[Question]:
+    return (question._replace(stage=f"{question.stage}[{impl}]") for question in questions)
 
 
 def _heading(setup: Setup, preset: str | None) -> str:

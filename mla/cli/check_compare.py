@@ -5,7 +5,7 @@ budget = 2 * (error of plain PyTorch in the same dtype + one rounding of the lar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -65,7 +65,11 @@ class Misfit(NamedTuple):
 
 
 def judge(
-    question: Question, truth: Oracle, plain: Oracle, mistakes: Sequence[tuple[str, Oracle]]
+    question: Question,
+    truth: Oracle,
+    plain: Oracle,
+    mistakes: Mapping[str, Oracle],
+    suspects: Collection[str] = (),
 ) -> Answer:
     """Ask once; where the answer is wrong, ask again under each known mistake.
 
@@ -74,6 +78,7 @@ def judge(
         truth: the oracle in float64.
         plain: the oracle in the dtype under test, for the budget.
         mistakes: words and the float64 oracle of each wrong convention.
+        suspects: mistakes found before, tried first; the others only if none of them matches.
     """
     answer = Answer(question.stage, question.case, is_explainable=question.is_explainable)
     try:
@@ -88,11 +93,13 @@ def judge(
     ]
     answer.error, answer.budget, answer.problem = _misfit(actual, expected, budgets)
     if answer.problem and question.is_explainable:
-        answer.explanations = [
-            words
-            for words, oracle in mistakes
-            if not _misfit(actual, _on_cpu(question.expected(oracle)), budgets).problem
-        ][:MAX_EXPLANATIONS]
+
+        def matching(words: Collection[str]) -> list[str]:
+            others = ((word, _on_cpu(question.expected(mistakes[word]))) for word in words)
+            return [word for word, other in others if not _misfit(actual, other, budgets).problem]
+
+        found = matching(suspects) or matching(mistakes)
+        answer.explanations = found[:MAX_EXPLANATIONS]
     return answer
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 import mla
+from mla.checks import UnsupportedError
 from mla.cli.console import table
 from mla.codec import Codec, Fp8Codec, Int4Codec, Int8Codec, PlainCodec
 from mla.config import MLAConfig
-from mla.ops.select import OPS, TABLE, supported_impls
+from mla.ops.select import OPS, TABLE, Case, OpName, resolve, supported_impls
 from mla.plan import bytes_per_token
 from mla.presets import PRESETS
 
@@ -100,23 +101,24 @@ def _devices() -> list[dict[str, Any]]:
 def _choices() -> list[dict[str, Any]]:
     """For each op, device and dtype: what ``impl="auto"`` takes, and why nothing before it."""
     kinds = sorted({device["device"].partition(":")[0] for device in _devices()})
-    found = []
-    for kind in kinds:
-        for op in OPS:
-            for dtype in SHOWN_DTYPES:
-                rows = supported_impls(op, device=kind, dtype=dtype)
-                able = [name for name, reason in rows if reason is None]
-                passed_over = {name: reason for name, reason in rows if reason is not None}
-                found.append(
-                    {
-                        "device": kind,
-                        "op": op,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "taken": able[0] if able else None,
-                        "not_taken": passed_over,
-                    }
-                )
-    return found
+    return [_choice(kind, op, dtype) for kind in kinds for op in OPS for dtype in SHOWN_DTYPES]
+
+
+def _choice(kind: str, op: OpName, dtype: torch.dtype) -> dict[str, Any]:
+    try:
+        taken = resolve("auto", Case(op, kind, dtype)).name
+    except UnsupportedError:
+        taken = None
+    rows = supported_impls(op, device=kind, dtype=dtype)
+    names = [name for name, _ in rows]
+    faster = rows[: names.index(taken)] if taken in names else rows
+    return {
+        "device": kind,
+        "op": op,
+        "dtype": str(dtype).removeprefix("torch."),
+        "taken": taken,
+        "not_taken": {name: reason or "runs here, on request only" for name, reason in faster},
+    }
 
 
 def _preset(config: MLAConfig) -> dict[str, Any]:
