@@ -95,6 +95,18 @@ def test_coded_rows_match_the_oracle(codec, path, data):
 
 
 @pytest.mark.parametrize("path", ["op", "masked"])
+@given(
+    case=decode_cases(
+        lengths=st.tuples(st.integers(8, 40), st.integers(8, 40)),
+        starts=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+        page_size=st.sampled_from([3, 16]),
+    )
+)
+def test_left_padding_may_end_inside_a_page(case, path):
+    check(case, path)
+
+
+@pytest.mark.parametrize("path", ["op", "masked"])
 @given(case=decode_cases(dtype=F64))
 def test_lse_is_the_natural_log_sum_exp_of_the_scores(case, path):
     view = case.view()
