@@ -98,11 +98,11 @@ def check_target(folder: Path, *, replace: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir():
-        raise CommandError(f"--out {folder} is a file, expected a folder that does not exist")
+        raise CommandError(f"{folder} is a file, expected a folder that does not exist")
     if not replace:
-        raise CommandError(f"--out {folder} is not empty; --force replaces a converted model")
-    if not is_converted(read_config(folder)):
-        raise CommandError(f"--out {folder} holds no converted model, so --force leaves it alone")
+        raise CommandError(f"{folder} is not empty; --force replaces a converted model")
+    if not ((folder / "config.json").is_file() and is_converted(read_config(folder))):
+        raise CommandError(f"{folder} holds no converted model and is left alone; choose another")
 
 
 def convert_with_bars(bars: Any, model: Any, windows: torch.Tensor, kv_budget: float) -> Any:

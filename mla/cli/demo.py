@@ -12,13 +12,15 @@ import math
 import statistics
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mla.cli.console import CommandError, progress, quiet, require, table
-from mla.cli.convert import bar, convert_with_bars, fit_rows
+from mla.cli.convert import bar, check_target, convert_with_bars, fit_rows
 from mla.cli.costs import arithmetic, cached_bytes, crossover_text
 from mla.cli.models import calibration_windows, go_offline, load_model, load_tokenizer, read_text
 from mla.cli.options import at_least_two, positive, share
@@ -28,6 +30,7 @@ from mla.cli.speed import decode_speeds, num_steps
 DATA = Path(".cache/mla")
 MODEL = DATA / "smollm2-135m-instruct-q4_1"
 NAMES = {MODEL.name: "SmolLM2-135M-Instruct Q4_1"}
+MODEL_FOLDER = "model"  # of the converted model, inside --out
 DTYPE = torch.float32
 
 
@@ -58,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
             raise CommandError(f"{path} does not exist; run make data, or name another one")
     go_offline()
     require("matplotlib", "rich")
+    check_target(options.out / MODEL_FOLDER, replace=True)
     options.out.mkdir(parents=True, exist_ok=True)
     report = measure(options)
     report["seconds"] = round(time.perf_counter() - start, 1)
@@ -77,22 +81,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     text_ids = _text_ids(tokenizer, options, contexts)
     windows = calibration_windows(tokenizer, options.calibration, options.tokens)
     original = load_model(options.model, device=torch.device("cpu"), dtype=DTYPE)
-    folder = options.out / "model"
+    folder = options.out / MODEL_FOLDER
+    phases: dict[str, dict[str, float]] = {}
     with progress() as bars:
-        conversion = convert_with_bars(bars, original, windows, options.kv_budget)
-        save_converted(conversion, folder, tokenizer=tokenizer, overwrite=True)
-        with quiet():
+        with _timed(phases, "calibrate, convert"):
+            conversion = convert_with_bars(bars, original, windows, options.kv_budget)
+        with _timed(phases, "save, load"), quiet():
+            save_converted(conversion, folder, tokenizer=tokenizer, overwrite=True)
             converted = load_converted(folder).model
         models = {"original": original, "converted": converted}
-        perplexity = _perplexity(bars, models, tokenizer, options)
+        with _timed(phases, "perplexity"):
+            perplexity = _perplexity(bars, models, tokenizer, options)
         steps = num_steps(len(models), contexts, options.steps)
         advance = bars.add_task("prefill and decode, in turns", total=steps)
-        decode = decode_speeds(
-            *(models, text_ids, contexts),
-            steps=options.steps,
-            on_step=lambda: bars.advance(advance),
-        )
-        texts = {name: _continuation(model, tokenizer, options) for name, model in models.items()}
+        with _timed(phases, "prefill, decode"):
+            decode = decode_speeds(
+                *(models, text_ids, contexts),
+                steps=options.steps,
+                on_step=lambda: bars.advance(advance),
+            )
+        with _timed(phases, "continue the prompt"):
+            texts = {name: _continuation(m, tokenizer, options) for name, m in models.items()}
     configs = [layer.self_attn.mla.config for layer in converted.base_model.layers]
     return {
         "model": NAMES.get(options.model.name, options.model.name),
@@ -109,6 +118,18 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "continuation": texts,
         "layers": fit_rows(conversion.reports),
         "converted_model": str(folder),
+        "phases": phases,
+    }
+
+
+@contextmanager
+def _timed(phases: dict[str, dict[str, float]], name: str) -> Iterator[None]:
+    """Add the wall and processor seconds of a block; the second tells a busy machine."""
+    wall, processor = time.perf_counter(), time.process_time()
+    yield
+    phases[name] = {
+        "seconds": round(time.perf_counter() - wall, 1),
+        "processor_seconds": round(time.process_time() - processor, 1),
     }
 
 
