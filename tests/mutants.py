@@ -19,6 +19,10 @@ CONVERT = "tests/test_convert.py"
 CONVERT_STATISTICS = "tests/test_convert_statistics.py"
 CHECKPOINT = "tests/test_checkpoint.py"
 TRANSFORMERS = "tests/test_transformers"
+CLI = "tests/test_cli.py"
+CHECK = "tests/test_check.py"
+DEMO = "tests/test_demo.py"
+PLAN = "tests/test_plan.py"
 
 MUTANTS: list[Mutant] = [
     *BREAKS_OF_OPS,
@@ -298,5 +302,62 @@ MUTANTS: list[Mutant] = [
         original="if reason is None and id(owner) in stock:",
         broken="if reason is None and id(layer) in stock:",
         tests=(f"{TRANSFORMERS}_inputs.py::test_a_quantised_layer_keeps_its_decoder_stock",),
+    ),
+    Mutant(
+        name="check-passes-whatever-fails",
+        file="mla/cli/check.py",
+        original="return 1 if failed else 0",
+        broken="return 0",
+        tests=(f"{CHECK}::test_a_step_that_raises_or_gives_nan_is_a_failure",),
+    ),
+    Mutant(
+        name="check-allows-ten-times-too-much",
+        file="mla/cli/check_compare.py",
+        original="return 2 * (float(loss.abs().max()) + rounding) + slack",
+        broken="return 1e9 * (float(loss.abs().max()) + rounding) + slack",
+        tests=(f"{CHECK}::test_wrong_pairing_is_named",),
+    ),
+    Mutant(
+        name="check-takes-mscale-once",
+        file="mla/cli/check_conventions.py",
+        original="scale = m * m / math.sqrt(config.qk_nope_head_dim + R)",
+        broken="scale = m / math.sqrt(config.qk_nope_head_dim + R)",
+        tests=(f"{CHECK}::test_conventions_agree_with_the_package_on_presets",),
+    ),
+    Mutant(
+        name="plan-forgets-the-absorbed-products",
+        file="mla/plan.py",
+        original="fixed = query + D * (C + R) + H * C * (N + V) + H * V * D",
+        broken="fixed = query + D * (C + R) + H * V * D",
+        tests=(f"{PLAN}::test_multiply_adds_are_those_of_the_matrix_products",),
+    ),
+    Mutant(
+        name="plan-absorbs-a-cold-prefill",
+        file="mla/plan.py",
+        original="return L < T and L * (C * d + T * (2 * C - d)) < T * C * d",
+        broken="return L * (C * d + T * (2 * C - d)) < T * C * d",
+        tests=(f"{PLAN}::test_a_cold_prefill_never_absorbs_however_narrow_the_latent",),
+    ),
+    Mutant(
+        name="demo-times-the-first-step-too",
+        file="mla/cli/speed.py",
+        original="rounds = {name: times[WARM_UP:] for name, times in rounds.items()}",
+        broken="rounds = dict(rounds)",
+        tests=(f"{DEMO}::test_demo_writes_report_plot_and_model",),
+    ),
+    Mutant(
+        name="command-line-shows-tracebacks",
+        file="mla/__main__.py",
+        original="except (ValueError, OSError, ImportError) as error:",
+        broken="except (OSError, ImportError) as error:",
+        tests=(f"{CLI}::test_missing_model_and_text_are_one_line",),
+    ),
+    Mutant(
+        name="convert-force-replaces-any-folder",
+        file="mla/cli/convert.py",
+        original='raise CommandError(f"{folder} holds no converted model and is left alone; '
+        'choose another")',
+        broken="return",
+        tests=(f"{CLI}::test_force_replaces_a_converted_model_and_nothing_else",),
     ),
 ]
