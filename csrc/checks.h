@@ -125,15 +125,26 @@ inline void check_lengths(const char* op, const Cache& cache, int64_t B) {
   }
 }
 
-// The pages behind local slots [begin, end) of row b exist.
-inline void check_pages(const Cache& cache, int64_t b, int64_t begin, int64_t end) {
-  if (cache.page_table == nullptr || begin >= end) return;
-  for (int64_t column = begin / cache.Z; column <= (end - 1) / cache.Z; ++column) {
-    const int64_t page = cache.page_table[b * cache.M + column];
+// Least and largest of the page ids that are about to be used.
+struct PageRange {
+  int64_t low = 0, high = -1;
+
+  // Those behind local slots [begin, end) of row b.
+  void include(const Cache& cache, int64_t b, int64_t begin, int64_t end) {
+    if (cache.page_table == nullptr || begin >= end) return;
+    const int32_t* pages = cache.page_table + b * cache.M;
+    for (int64_t column = begin / cache.Z; column <= (end - 1) / cache.Z; ++column) {
+      const int64_t page = pages[column];
+      low = page < low ? page : low;
+      high = page > high ? page : high;
+    }
+  }
+
+  void check(const Cache& cache) const {
     MLA_CHECK(
-        page >= 0 && page < cache.num_pages, "CacheView: page_table has pages ", page, " to ", page,
+        low >= 0 && high < cache.num_pages, "CacheView: page_table has pages ", low, " to ", high,
         " in use, expected 0 to ", cache.num_pages - 1);
   }
-}
+};
 
 }  // namespace mla

@@ -50,7 +50,6 @@ RowPlan plan_row(const DecodeParams& p, int64_t b, const DecodeKernels& kernels)
   row.end = cache.local_count(cache.lengths[b]);
   if (row.count == 0 || row.end < row.begin) row.end = row.begin;
   split_keys(row, p.L * p.H, kernels.block_keys);
-  check_pages(cache, b, row.begin, row.end);
   return row;
 }
 
@@ -137,7 +136,12 @@ void decode(const DecodeParams& p, const DecodeKernels& kernels) {
   const int64_t M = p.L * p.H, part_bytes = M * (p.C + 2) * 4;
   check_lengths("CacheView", p.cache, p.B);
   std::vector<RowPlan> rows;
-  for (int64_t b = 0; b < p.B; ++b) rows.push_back(plan_row(p, b, kernels));
+  PageRange pages;
+  for (int64_t b = 0; b < p.B; ++b) {
+    rows.push_back(plan_row(p, b, kernels));
+    pages.include(p.cache, b, rows.back().begin, rows.back().end);
+  }
+  pages.check(p.cache);
   for (const RowPlan& row : rows) clear_rest(p, row);
   const int64_t threads = torch::stable::get_num_threads();
   thread_local Scratch partials;

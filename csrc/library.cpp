@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "append.h"
 #include "checks.h"
 #include "decode.h"
 
@@ -104,6 +105,81 @@ void decode(Tensor q_latent, Tensor q_rope, Tensor rows, MaybeTensor page_table,
   if (p.B * p.L * p.H > 0) mla::decode(p, *kernels);
 }
 
+mla::TokenRows token_rows(
+    const char* op, const char* name, const Tensor& tensor, int64_t B, int64_t L, int64_t width) {
+  mla::check_dims(op, name, tensor, 3);
+  mla::check_size(op, name, tensor, 0, B);
+  mla::check_size(op, name, tensor, 1, L);
+  mla::check_size(op, name, tensor, 2, width);
+  MLA_CHECK(
+      width <= 1 || tensor.stride(2) == 1, op, ": ", name, " has last stride ", tensor.stride(2),
+      ", expected 1");
+  const mla::Dtype dtype = mla::dtype_of(op, name, tensor);
+  MLA_CHECK(dtype != mla::Dtype::kUInt8, op, ": ", name, " has dtype uint8, expected floats");
+  const int64_t bytes = mla::bytes_of(dtype);
+  return {static_cast<const char*>(tensor.data_ptr()),
+          {tensor.stride(0) * bytes, tensor.stride(1) * bytes},
+          dtype};
+}
+
+void append(Tensor rows, MaybeTensor page_table, Tensor lengths, Tensor latent, Tensor k_rope,
+            MaybeTensor new_lengths, int64_t shard_index, int64_t shard_count, int64_t kind,
+            int64_t group, int64_t rope_bits, int64_t scales_at, int64_t rope_at) {
+  constexpr const char* op = "mla_append";
+  mla::check_dims(op, "latent", latent, 3);
+  mla::check_dims(op, "k_rope", k_rope, 3);
+  mla::AppendParams p;
+  p.B = latent.size(0), p.L = latent.size(1), p.C = latent.size(2), p.R = k_rope.size(2);
+  p.latent = token_rows(op, "latent", latent, p.B, p.L, p.C);
+  p.k_rope = token_rows(op, "k_rope", k_rope, p.B, p.L, p.R);
+  p.new_lengths = mla::int32_data(op, "new_lengths", new_lengths, 1, p.B);
+  p.cache.shard_index = shard_index;
+  p.cache.shard_count = shard_count;
+  set_codec(p.cache, kind, group, rope_bits, scales_at, rope_at);
+  mla::bind_cache("CacheView", p.cache, rows, page_table, lengths, std::nullopt, p.B, p.C, p.R);
+  if (p.B * p.L > 0) mla::append(p);
+}
+
+void norm_rope(Tensor kv_a, MaybeTensor weight, MaybeTensor cos, MaybeTensor sin, Tensor latent,
+               Tensor k_rope, double eps, double latent_scale, int64_t pairing) {
+  constexpr const char* op = "mla_norm_rope_append";
+  mla::check_dims(op, "kv_a", kv_a, 3);
+  mla::check_dims(op, "latent", latent, 3);
+  mla::check_dims(op, "k_rope", k_rope, 3);
+  mla::NormRopeParams p;
+  p.B = kv_a.size(0), p.L = kv_a.size(1), p.C = latent.size(2), p.R = k_rope.size(2);
+  p.kv_a = token_rows(op, "kv_a", kv_a, p.B, p.L, p.C + p.R);
+  const auto fresh = token_rows(op, "latent", latent, p.B, p.L, p.C);
+  const auto fresh_rope = token_rows(op, "k_rope", k_rope, p.B, p.L, p.R);
+  MLA_CHECK(
+      latent.is_contiguous() && k_rope.is_contiguous() && fresh.dtype == p.kv_a.dtype &&
+          fresh_rope.dtype == p.kv_a.dtype,
+      op, ": latent or k_rope is strided or of another dtype");
+  p.latent = latent.data_ptr();
+  p.k_rope = k_rope.data_ptr();
+  if (weight.has_value()) {
+    mla::check_dims(op, "norm_weight", *weight, 1);
+    mla::check_size(op, "norm_weight", *weight, 0, p.C);
+    MLA_CHECK(
+        weight->is_contiguous() && mla::dtype_of(op, "norm_weight", *weight) == p.kv_a.dtype, op,
+        ": norm_weight is strided or of another dtype");
+    p.weight = static_cast<const char*>(weight->data_ptr());
+  }
+  MLA_CHECK(pairing >= 0 && pairing <= 2, op, ": pairing has value ", pairing);
+  p.pairing = static_cast<mla::Pairing>(pairing);
+  if (p.pairing != mla::Pairing::kNone) {
+    MLA_CHECK(
+        cos.has_value() && sin.has_value() && p.R % 2 == 0, op, ": k_rope has ", p.R,
+        " numbers, expected an even number and cos and sin");
+    p.cos = token_rows(op, "cos", *cos, p.B, p.L, p.R / 2);
+    p.sin = token_rows(op, "sin", *sin, p.B, p.L, p.R / 2);
+    MLA_CHECK(p.cos.dtype == p.sin.dtype, op, ": sin has another dtype than cos");
+  }
+  p.eps = static_cast<float>(eps);
+  p.latent_scale = static_cast<float>(latent_scale);
+  if (p.B * p.L > 0) mla::norm_rope(p);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(mla_cpp, m) {
@@ -113,9 +189,20 @@ STABLE_TORCH_LIBRARY(mla_cpp, m) {
       "Tensor? starts, Tensor? query_lengths, Tensor(a!) out, Tensor(b!) lse, float scale, "
       "int shard_index, int shard_count, int kind, int group, int rope_bits, int scales_at, "
       "int rope_at, int set) -> ()");
+  m.def(
+      "append(Tensor(a!) rows, Tensor? page_table, Tensor lengths, Tensor latent, Tensor k_rope, "
+      "Tensor? new_lengths, int shard_index, int shard_count, int kind, int group, "
+      "int rope_bits, int scales_at, int rope_at) -> ()");
+  m.def(
+      "norm_rope(Tensor kv_a, Tensor? weight, Tensor? cos, Tensor? sin, Tensor(a!) latent, "
+      "Tensor(b!) k_rope, float eps, float latent_scale, int pairing) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mla_cpp, CPU, m) { m.impl("decode", TORCH_BOX(&decode)); }
+STABLE_TORCH_LIBRARY_IMPL(mla_cpp, CPU, m) {
+  m.impl("decode", TORCH_BOX(&decode));
+  m.impl("append", TORCH_BOX(&append));
+  m.impl("norm_rope", TORCH_BOX(&norm_rope));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(mla_cpp, CompositeExplicitAutograd, m) {
   m.impl("instruction_sets", TORCH_BOX(&instruction_sets));

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from mla.checks import ShapeError, UnsupportedError
 from mla.codec import PlainCodec, rotate_latent
+from mla.config import Pairing
 from mla.view import CacheView
 
 # Slowest first; the index names a set in `torch.ops.mla_cpp`. Those of x86 are absent elsewhere.
 INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
 KINDS = {"plain": 0, "fp8": 1, "int8": 2, "int4": 3}
+PAIRINGS = {"none": 0, "interleaved": 1, "half": 2}
 _PLAIN = (0, 0, 0, 0, 0)
 
 
@@ -89,6 +91,10 @@ def _rotate(latent: Tensor) -> Tensor:
     return (latent.unflatten(-1, (-1, size)) @ _hadamard(size, latent.dtype)).flatten(-2)
 
 
+def _unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -119,17 +125,13 @@ def decode(
     rotation = view.codec.rotation
     if rotation:
         q_latent = _rotate(q_latent)
-    if q_latent.stride(-1) != 1:
-        q_latent = q_latent.contiguous()
-    if q_rope.stride(-1) != 1:
-        q_rope = q_rope.contiguous()
     dtype = torch.float32 if rotation else out_dtype
     out = torch.empty(q_latent.shape, dtype=dtype)
     lse = torch.empty(q_latent.shape[:3], dtype=torch.float32)
     try:
         _op("decode")(
-            q_latent,
-            q_rope,
+            _unit_stride(q_latent),
+            _unit_stride(q_rope),
             view.rows,
             _contiguous(view.page_table),
             view.lengths.contiguous(),
@@ -147,3 +149,60 @@ def decode(
     if rotation:
         out = _rotate(out).to(out_dtype)
     return out, lse
+
+
+def append(view: CacheView, latent: Tensor, k_rope: Tensor, new_lengths: Tensor | None) -> None:
+    """Code and store ``latent [B, L, C]`` and ``k_rope [B, L, R]``."""
+    if view.codec.rotation:
+        latent = _rotate(latent.float())
+    try:
+        _op("append")(
+            view.rows,
+            _contiguous(view.page_table),
+            view.lengths.contiguous(),
+            _unit_stride(latent),
+            _unit_stride(k_rope),
+            _contiguous(new_lengths),
+            *view.shard,
+            *_sections(view.codec, view.C, view.R),
+        )
+    except RuntimeError as error:
+        _refuse(error)
+
+
+def norm_rope_append(
+    view: CacheView,
+    kv_a: Tensor,  # [B, L, C+R]
+    norm_weight: Tensor | None,  # [C]
+    cos: Tensor,  # [B, L, R/2]
+    sin: Tensor,
+    eps: float,
+    latent_scale: float,
+    pairing: Pairing,
+    new_lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Normalise, rotate, code and store; returns the fresh latent and key, unquantised."""
+    latent = kv_a.new_empty(*kv_a.shape[:2], view.C)
+    k_rope = kv_a.new_empty(*kv_a.shape[:2], view.R)
+    is_turned = pairing != "none" and view.R > 0
+    angles = [_angles(x, kv_a) if is_turned else None for x in (cos, sin)]
+    try:
+        _op("norm_rope")(
+            _unit_stride(kv_a),
+            _contiguous(norm_weight),
+            *angles,
+            latent,
+            k_rope,
+            eps,
+            latent_scale,
+            PAIRINGS[pairing] if is_turned else 0,
+        )
+    except RuntimeError as error:
+        _refuse(error)
+    append(view, latent, k_rope, new_lengths)
+    return latent, k_rope
+
+
+def _angles(angles: Tensor, like: Tensor) -> Tensor:
+    """In the dtype of ``like`` or in float32, the only two in which pairs are turned."""
+    return _unit_stride(angles if angles.dtype == like.dtype else angles.float())

@@ -112,6 +112,8 @@ TABLE: tuple[Implementation, ...] = (
         reason_not=_cpp_reason,
         kernels={
             "mla_decode": "mla.kernels.cpu:decode",
+            "mla_append": "mla.kernels.cpu:append",
+            "mla_norm_rope_append": "mla.kernels.cpu:norm_rope_append",
         },
     ),
     Implementation(
