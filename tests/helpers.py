@@ -34,13 +34,18 @@ def assert_within_budget(
     assert error <= budget, f"{name}: max error {error:.2e}, budget {budget:.2e}"
 
 
-def assert_lse_within_budget(actual: Tensor, oracle: Tensor, eager: Tensor) -> None:
-    """Log-sum-exp: -inf exactly where the oracle has it, the budget elsewhere."""
+def assert_lse_within_budget(
+    actual: Tensor, oracle: Tensor, eager: Tensor, *, least: float = 1.0
+) -> None:
+    """Log-sum-exp: -inf exactly where the oracle has it, the budget elsewhere.
+
+    ``least`` is the size of the terms that cancel in a score, 1 or more: an absolute error of lse
+    is a relative one of the weights, however small lse is.
+    """
     empty = oracle == float("-inf")
     assert ((actual == float("-inf")) == empty).all(), "lse: -inf at the wrong places"
     filled = [lse.masked_fill(empty, 0.0) for lse in (actual, oracle, eager)]
-    # An absolute error of lse is a relative one of the weights, however small lse is.
-    assert_within_budget(*filled, "lse", least=1.0)
+    assert_within_budget(*filled, "lse", least=least)
 
 
 def generator(seed: int) -> torch.Generator:

@@ -111,7 +111,7 @@ def test_rows_land_in_their_places_and_nothing_else_changes(case, extra):
         is_ragged = len({*counts, L}) > 1
         new_lengths = torch.tensor(counts, dtype=torch.int32) if is_ragged else None
         expect(case, view, expected, expect_rows, counts)
-        mla_append(view, latent, k_rope, new_lengths=new_lengths)
+        mla_append(view, latent, k_rope, new_lengths=new_lengths, impl="torch")
         assert torch.equal(bits(view.rows), bits(expected))
 
 
@@ -122,7 +122,7 @@ def test_gather_returns_what_the_rows_hold(case):
         view.lengths.add_(torch.tensor(counts, dtype=torch.int32))
         latent, k_rope = fresh(case, step, max(counts))
         new_lengths = torch.tensor(counts, dtype=torch.int32)
-        mla_append(view, latent, k_rope, new_lengths=new_lengths)
+        mla_append(view, latent, k_rope, new_lengths=new_lengths, impl="torch")
     expected = [x.nan_to_num(0.0) for x in stored_rows(view, CAPACITY)]
     actual = mla_gather(view, 0, CAPACITY, dtype=F64)
     torch.testing.assert_close(actual.latent, expected[0], rtol=1e-12, atol=1e-12)
@@ -138,7 +138,7 @@ def test_plain_rows_come_back_bit_for_bit(case):
     for step, counts in enumerate(case.steps):
         view.lengths.add_(torch.tensor(counts, dtype=torch.int32))
         rows = fresh(case, step, max(counts))
-        mla_append(view, *rows, new_lengths=torch.tensor(counts, dtype=torch.int32))
+        mla_append(view, *rows, new_lengths=torch.tensor(counts, dtype=torch.int32), impl="torch")
         for b, count in enumerate(counts):
             written[b] = torch.cat([written[b], torch.cat(rows, dim=-1)[b, :count]])
     latent, k_rope = mla_gather(view, 0, CAPACITY, dtype=torch.float32)
@@ -181,7 +181,7 @@ def test_coded_rows_are_written_once(case):
         # Larger by a thousand each time: rescaling old rows would show.
         rows = tuple(x * 1000.0**step for x in rows)
         written = view.rows.clone()
-        mla_append(view, *rows, new_lengths=torch.tensor(counts, dtype=torch.int32))
+        mla_append(view, *rows, new_lengths=torch.tensor(counts, dtype=torch.int32), impl="torch")
         changed = (view.rows != written).any(-1)
         for place, bytes_before in before.items():
             assert torch.equal(view.rows[place], bytes_before)
@@ -218,7 +218,7 @@ def test_fused_append_is_norm_rotation_and_append(
     counts = torch.randint(0, L + 1, (B,), generator=generator(seed), dtype=torch.int32)
     latent, k_rope = mla_norm_rope_append(
         fused, kv_a, weight, angles.cos().float(), angles.sin().float(),
-        eps=1e-6, latent_scale=latent_scale, pairing=pairing, new_lengths=counts,
+        eps=1e-6, latent_scale=latent_scale, pairing=pairing, new_lengths=counts, impl="torch",
     )  # fmt: skip
     oracle = kv_a[..., :C].double()
     if weight is not None:
@@ -226,7 +226,7 @@ def test_fused_append_is_norm_rotation_and_append(
     rotated = reference.rotate(kv_a[..., C:].double(), angles, pairing)
     torch.testing.assert_close(latent, (latent_scale * oracle).float())
     torch.testing.assert_close(k_rope, rotated.float())
-    mla_append(plain, latent, k_rope, new_lengths=counts)
+    mla_append(plain, latent, k_rope, new_lengths=counts, impl="torch")
     assert torch.equal(bits(fused.rows), bits(plain.rows))
 
 
@@ -237,7 +237,8 @@ def test_fused_append_returns_no_view_of_its_input(R):
     view.lengths.fill_(1)
     kv_a = randn(1, 1, 24 + R, seed=0)
     empty = kv_a.new_empty(1, 1, R // 2)
-    rows = mla_norm_rope_append(view, kv_a, None, empty, empty, eps=0.0, pairing="none")
+    options = {"eps": 0.0, "pairing": "none", "impl": "torch"}
+    rows = mla_norm_rope_append(view, kv_a, None, empty, empty, **options)
     storages = [x.untyped_storage().data_ptr() for x in (kv_a, *rows, view.rows) if x.numel()]
     assert len(set(storages)) == len(storages)
 
