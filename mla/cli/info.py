@@ -16,6 +16,7 @@ from mla.checks import UnsupportedError
 from mla.cli.console import table
 from mla.codec import Codec, Fp8Codec, Int4Codec, Int8Codec, PlainCodec
 from mla.config import MLAConfig
+from mla.kernels import cpu
 from mla.ops.select import OPS, TABLE, Case, OpName, resolve, supported_impls
 from mla.plan import bytes_per_token
 from mla.presets import PRESETS
@@ -48,6 +49,7 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "platform": platform.platform(),
         "devices": _devices(),
+        "cpp": cpu.describe()._asdict(),
         "implementations": [
             {
                 "name": row.name,
@@ -153,6 +155,7 @@ def as_text(facts: dict[str, Any]) -> str:
         "devices",
         *(f"  {_device_line(device)}" for device in facts["devices"]),
         *["  no CUDA device"] * (not torch.cuda.is_available()),
+        f"  C++ kernels: {facts['cpp']['reason_absent'] or _cpp_line(facts['cpp'])}",
         "",
         "implementations, fastest first",
         table(
@@ -207,6 +210,11 @@ def _device_line(device: dict[str, Any]) -> str:
     if "capability" in device:
         details += [f"sm_{device['capability'].replace('.', '')}", f"{device['memory_gib']} GiB"]
     return f"{device['device']}  {', '.join(details)}"
+
+
+def _cpp_line(facts: dict[str, Any]) -> str:
+    *others, fastest = facts["instruction_sets"]
+    return f"{fastest}; can be forced to {', '.join(reversed(others)) or 'no other'}"
 
 
 def _preset_row(name: str, facts: dict[str, Any]) -> tuple[object, ...]:
