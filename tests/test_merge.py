@@ -44,7 +44,8 @@ def test_matches_the_oracle(case, dtype):
     oracle = reference.merge_partials(out.double(), lse.double())
     plain = reference.merge_partials(out, lse)
     assert merged.out.dtype == merged.lse.dtype == dtype
-    assert_within_budget(merged.out, oracle.out, plain.out, "out")
+    # The weights are no better than the rounding of lse, the oracle's own included.
+    assert_within_budget(merged.out, oracle.out, plain.out, "out", least=case["spread"])
     assert_lse_within_budget(merged.lse, oracle.lse, plain.lse)
 
 
