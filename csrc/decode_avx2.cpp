@@ -2,8 +2,14 @@
 #include "isa_avx2.h"
 
 #include "decode_impl.h"
+#include "peak.h"
 
 namespace mla {
+namespace {
+
+int64_t peak(int64_t iterations, bool) { return run_peak<Avx2, Float32Dot<Avx2>>(iterations); }
+
+}  // namespace
 
 const DecodeKernels kDecodeAvx2 = {
     "avx2",
@@ -11,6 +17,7 @@ const DecodeKernels kDecodeAvx2 = {
     Avx2::kLanes,
     scratch_bytes<Avx2, Float32Dot<Avx2>>,
     run_task<Avx2, Float32Dot<Avx2>>,
-    merge_splits<Avx2>};
+    merge_splits<Avx2>,
+    peak};
 
 }  // namespace mla

@@ -2,6 +2,7 @@
 #include "isa_avx512.h"
 
 #include "decode_impl.h"
+#include "peak.h"
 
 namespace mla {
 namespace {
@@ -55,9 +56,15 @@ void run(
   }
 }
 
+int64_t peak(int64_t iterations, bool bf16) {
+  return bf16 ? run_peak<Avx512Bf16, Bf16Dot>(iterations)
+              : run_peak<Avx512, Float32Dot<Avx512>>(iterations);
+}
+
 }  // namespace
 
 const DecodeKernels kDecodeAvx512Bf16 = {
-    "avx512bf16", kBlockKeys, Avx512::kLanes, scratch, run, merge_splits<Avx512>};
+    "avx512bf16", kBlockKeys, Avx512::kLanes, scratch, run, merge_splits<Avx512>,
+    peak};
 
 }  // namespace mla

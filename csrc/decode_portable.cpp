@@ -2,8 +2,14 @@
 #include "isa_portable.h"
 
 #include "decode_impl.h"
+#include "peak.h"
 
 namespace mla {
+namespace {
+
+int64_t peak(int64_t iterations, bool) { return run_peak<Portable, Float32Dot<Portable>>(iterations); }
+
+}  // namespace
 
 const DecodeKernels kDecodePortable = {
     "portable",
@@ -11,6 +17,7 @@ const DecodeKernels kDecodePortable = {
     Portable::kLanes,
     scratch_bytes<Portable, Float32Dot<Portable>>,
     run_task<Portable, Float32Dot<Portable>>,
-    merge_splits<Portable>};
+    merge_splits<Portable>,
+    peak};
 
 }  // namespace mla

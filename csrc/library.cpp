@@ -47,6 +47,14 @@ int64_t instruction_sets() {
   return found;
 }
 
+int64_t peak(int64_t iterations, bool bf16, int64_t set) {
+  const DecodeKernels* kernels = kernels_of(set);
+  MLA_CHECK(
+      kernels != nullptr && (instruction_sets() >> set & 1), "mla_cpp: instruction set ", set,
+      " is not one of this processor");
+  return kernels->peak(iterations, bf16);
+}
+
 void set_codec(Cache& cache, int64_t kind, int64_t group, int64_t rope_bits, int64_t scales_at,
                int64_t rope_at) {
   MLA_CHECK(kind >= 0 && kind <= 3, "CacheView: codec has kind ", kind, ", expected 0 to 3");
@@ -184,6 +192,7 @@ void norm_rope(Tensor kv_a, MaybeTensor weight, MaybeTensor cos, MaybeTensor sin
 
 STABLE_TORCH_LIBRARY(mla_cpp, m) {
   m.def("instruction_sets() -> int");
+  m.def("peak(int iterations, bool bf16, int set) -> int");
   m.def(
       "decode(Tensor q_latent, Tensor q_rope, Tensor rows, Tensor? page_table, Tensor lengths, "
       "Tensor? starts, Tensor? query_lengths, Tensor(a!) out, Tensor(b!) lse, float scale, "
@@ -206,6 +215,7 @@ STABLE_TORCH_LIBRARY_IMPL(mla_cpp, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(mla_cpp, CompositeExplicitAutograd, m) {
   m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
+  m.impl("peak", TORCH_BOX(&peak));
 }
 
 // `import mla._C` registers the operators; the module itself is empty.

@@ -106,6 +106,7 @@ struct DecodeKernels {
   int64_t (*scratch_bytes)(const DecodeParams&, int64_t max_rows);
   void (*run)(const DecodeParams&, const RowPlan&, const Task&, const Partials&, char* scratch);
   void (*merge)(const DecodeParams&, const RowPlan&, int64_t m0, int64_t m1, const Partials&);
+  int64_t (*peak)(int64_t iterations, bool bf16);
 };
 
 extern const DecodeKernels kDecodePortable;

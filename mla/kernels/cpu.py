@@ -80,6 +80,11 @@ def _sections(codec: Any, C: int, R: int) -> tuple[int, ...]:
     return KINDS[codec.kind], codec.group, codec.rope_bits, at.scales_at, at.rope_at
 
 
+def run_peak(iterations: int, *, bf16: bool) -> int:
+    """Multiply-adds in registers alone; returns how many operations they were. For benchmarks."""
+    return int(_op("peak")(iterations, bf16, _set_index(None)))
+
+
 @cache
 def _hadamard(size: int, dtype: torch.dtype) -> Tensor:
     return rotate_latent(torch.eye(size, dtype=dtype))
