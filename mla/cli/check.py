@@ -18,7 +18,7 @@ from mla.checks import UnsupportedError
 from mla.cli.check_compare import Answer, Question, judge
 from mla.cli.check_conventions import conventions_of, wrong_conventions
 from mla.cli.check_layer import layer_stage
-from mla.cli.check_ops import append_stage, decode_stage, merge_stage, prefill_stage
+from mla.cli.check_ops import append_stage, decode_stage, gather_stage, merge_stage, prefill_stage
 from mla.cli.check_oracle import Oracle
 from mla.cli.check_setup import Setup, config_of
 from mla.cli.check_stages import absorb_stage, norm_stage, rope_stage, scale_stage
@@ -30,6 +30,7 @@ from mla.presets import PRESETS
 PLAIN_STAGES = (rope_stage, norm_stage, scale_stage, absorb_stage)
 OP_STAGES: tuple[tuple[OpName, Any], ...] = (
     ("mla_append", append_stage),
+    ("mla_gather", gather_stage),
     ("mla_decode", decode_stage),
     ("mla_prefill", prefill_stage),
     ("merge_partials", merge_stage),

@@ -30,7 +30,6 @@ class Question(NamedTuple):
     actual: Callable[[], Tensors]
     expected: Callable[[Oracle], Tensors]
     slack: float = 0.0  # allowed besides rounding, such as the step of a codec
-    is_explainable: bool = True  # whether the expected values follow the conventions
 
 
 @dataclass
@@ -43,7 +42,7 @@ class Answer:
     budget: float = 0.0
     problem: str = ""
     explanations: list[str] = field(default_factory=list)
-    is_explainable: bool = True
+    is_comparison: bool = True  # False: it raised, so there was nothing to compare
 
     @property
     def passed(self) -> bool:
@@ -53,7 +52,7 @@ class Answer:
         """What is wrong, in words."""
         if self.explanations:
             return f"{self.problem}; matches if {', or if '.join(self.explanations)}"
-        if self.problem and self.is_explainable:
+        if self.problem and self.is_comparison:
             return f"{self.problem}; matches under no known mistake"
         return self.problem or "ok"
 
@@ -80,11 +79,11 @@ def judge(
         mistakes: words and the float64 oracle of each wrong convention.
         suspects: mistakes found before, tried first; the others only if none of them matches.
     """
-    answer = Answer(question.stage, question.case, is_explainable=question.is_explainable)
+    answer = Answer(question.stage, question.case)
     try:
         actual = _on_cpu(question.actual())
     except Exception as error:  # whatever a broken step raises is a finding, not our failure
-        answer.is_explainable = False
+        answer.is_comparison = False
         answer.problem = f"raises {type(error).__name__}: {one_line(error)}"
         return answer
     expected, rounded = (_on_cpu(question.expected(oracle)) for oracle in (truth, plain))
@@ -92,7 +91,7 @@ def judge(
         _budget(*tensors, question.slack) for tensors in zip(actual, expected, rounded, strict=True)
     ]
     answer.error, answer.budget, answer.problem = _misfit(actual, expected, budgets)
-    if answer.problem and question.is_explainable:
+    if answer.problem:
 
         def matching(words: Collection[str]) -> list[str]:
             others = ((word, _on_cpu(question.expected(mistakes[word]))) for word in words)

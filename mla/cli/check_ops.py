@@ -6,13 +6,15 @@ Dims: B batch, L queries, S keys, C latent width, R rotated width, Z positions i
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from mla import ops
+from mla import ops, reference
 from mla.cli.check_compare import Question
+from mla.cli.check_conventions import Conventions
 from mla.cli.check_oracle import Oracle
 from mla.cli.check_setup import Setup, make_view, read_bytes
 from mla.codec import Codec, Fp8Codec, Int4Codec, Int8Codec, PlainCodec
@@ -60,7 +62,7 @@ def append_stage(setup: Setup, impl: Impl) -> Iterator[Question]:
 
     yield Question("append", "plain, ragged rows", written, expected)
     for codec in CODECS:
-        yield from _codec_questions(setup, impl, codec)
+        yield _coded_append_question(setup, impl, codec)
 
 
 def _name(codec: Codec) -> str:
@@ -70,35 +72,73 @@ def _name(codec: Codec) -> str:
     )
 
 
-def _codec_questions(setup: Setup, impl: Impl, codec: Codec) -> Iterator[Question]:
+def _read(setup: Setup, oracle: Oracle, stored: Tensor, codec: Codec) -> Tensor:
+    """Coded rows as this oracle reads them, ``[.., C+R]`` float64."""
+    rules = oracle.conventions
+    low_first, rotation = rules.low_nibble_first, rules.rotation
+    found = read_bytes(setup, stored, codec, low_first=low_first, rotation=rotation)
+    return torch.cat(found, dim=-1)
+
+
+def _coded_append_question(setup: Setup, impl: Impl, codec: Codec) -> Question:
+    """What the oracle reads from the bytes that append wrote."""
     C, R = setup.config.kv_lora_rank, setup.config.qk_rope_head_dim
     rows = setup.rows(2, 5)
-    stored = torch.zeros(2, 5, codec.row_width(C, R), dtype=torch.uint8, device=setup.device)
-    view = CacheView.dense(stored, setup.integers([5, 5]), C=C, R=R, codec=codec)
 
-    def read(oracle: Oracle) -> Tensor:
-        rules = oracle.conventions
-        low_first, rotation = rules.low_nibble_first, rules.rotation
-        found = read_bytes(setup, stored, codec, low_first=low_first, rotation=rotation)
-        return torch.cat(found, dim=-1)
-
-    def coded() -> list[Tensor]:
+    def written() -> list[Tensor]:
+        shape = (2, 5, codec.row_width(C, R))
+        stored = torch.zeros(shape, dtype=torch.uint8, device=setup.device)
+        view = CacheView.dense(stored, setup.integers([5, 5]), C=C, R=R, codec=codec)
         ops.mla_append(view, *rows, impl=impl)
         return [torch.cat(read_bytes(setup, stored, codec), dim=-1)]
 
-    def drawn(oracle: Oracle) -> list[Tensor]:
-        return [torch.cat(rows, dim=-1).double().cpu()]
+    def expected(oracle: Oracle) -> list[Tensor]:
+        latent, k_rope = (x.double().cpu() for x in rows)
+        return [torch.cat([_misread(latent, codec, oracle.conventions), k_rope], dim=-1)]
 
-    largest = float(torch.cat(rows, dim=-1).abs().max())
-    step = (ROTATED_STEP if codec.rotation else STEP[codec.kind]) * largest
-    yield Question("append", f"{_name(codec)}: values survive", coded, drawn, step, False)
+    step = ROTATED_STEP if codec.rotation else STEP[codec.kind]
+    slack = step * float(torch.cat(rows, dim=-1).abs().max())
+    return Question("append", _name(codec), written, expected, slack)
 
-    def gathered() -> list[Tensor]:
-        found = ops.mla_gather(view, 0, 5, dtype=setup.dtype, impl=impl)
-        return [torch.cat(found, dim=-1)]
 
-    rounding = 8 * torch.finfo(setup.dtype).eps * largest
-    yield Question("append", f"{_name(codec)}: bytes", gathered, lambda o: [read(o)], rounding)
+def _misread(latent: Tensor, codec: Codec, rules: Conventions) -> Tensor:
+    """What a right reader finds where the writer followed these conventions."""
+
+    def rotate(x: Tensor) -> Tensor:
+        matrix = reference.hadamard(math.gcd(x.shape[-1], 128))
+        return (x.unflatten(-1, (-1, matrix.shape[0])) @ matrix).flatten(-2)
+
+    if codec.kind == "int4" and not rules.low_nibble_first:
+        latent = rotate(latent) if codec.rotation else latent
+        latent = latent.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        latent = rotate(latent) if codec.rotation else latent
+    return latent if rules.rotation else rotate(latent)
+
+
+def gather_stage(setup: Setup, impl: Impl) -> Iterator[Question]:
+    """Rows read back, of every codec."""
+    rows, C, R = setup.rows(2, 7), setup.config.kv_lora_rank, setup.config.qk_rope_head_dim
+    for codec in (PlainCodec(), *CODECS):
+        view = make_view(setup, rows, (7, 5), codec=codec, page_size=3)
+
+        def gathered(view: CacheView = view) -> list[Tensor]:
+            found = ops.mla_gather(view, 1, 7, dtype=setup.dtype, impl=impl)
+            return [torch.cat(found, dim=-1)]
+
+        def expected(oracle: Oracle, codec: Codec = codec) -> list[Tensor]:
+            if isinstance(codec, PlainCodec):
+                read = torch.cat([oracle.take(x) for x in rows], dim=-1)
+                if oracle.conventions.row == "rope latent":
+                    read = torch.cat([read[..., R:], read[..., :R]], dim=-1)
+            else:
+                read = _read(setup, oracle, codec.encode(*rows), codec)
+            read = read[:, 1:7].clone()
+            read[1, 4:] = 0.0  # beyond the row's length
+            return [read]
+
+        assert view.C == C
+        rounding = 8 * torch.finfo(setup.dtype).eps * float(torch.cat(rows, -1).abs().max())
+        yield Question("gather", _name(codec), gathered, expected, rounding)
 
 
 def decode_stage(setup: Setup, impl: Impl) -> Iterator[Question]:
@@ -269,7 +309,7 @@ def merge_stage(setup: Setup, impl: Impl) -> Iterator[Question]:
 
 
 def _split_question(setup: Setup, impl: Impl) -> Question:
-    """Decode over keys 0-8 and 9-19, merged."""
+    """Decode over keys 0-8 and 9-19 as "auto" does, merged."""
     query, rows = setup.absorbed_queries(2, 1), setup.rows(2, S)
     scale = setup.config.qk_head_dim**-0.5
     spans = ((0, 9), (9, S))
@@ -278,7 +318,7 @@ def _split_question(setup: Setup, impl: Impl) -> Question:
         parts = []
         for first, last in spans:
             view = make_view(setup, rows, [last] * 2, codec=PlainCodec(), starts=[first] * 2)
-            parts.append(ops.mla_decode(*query, view, scale=scale, out_dtype=setup.wide, impl=impl))
+            parts.append(ops.mla_decode(*query, view, scale=scale, out_dtype=setup.wide))
         out, lse = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
         return ops.merge_partials(out, lse, impl=impl)
 

@@ -41,17 +41,10 @@ def _bars(axis: Any, values: dict[str, float], errors: dict[str, float], text: s
     """One bar for each of original and converted, its value on top."""
     names = list(COLOURS)
     heights = [values[name] for name in names]
-    spread = [errors.get(name, 0.0) for name in names]
-    bars = axis.bar(
-        names,
-        heights,
-        0.55,
-        color=[COLOURS[name] for name in names],
-        yerr=spread if any(spread) else None,
-        ecolor=INK,
-        capsize=4,
-    )
-    axis.bar_label(bars, labels=[text.format(height) for height in heights], color=INK, padding=3)
+    bars = axis.bar(names, heights, 0.55, color=[COLOURS[name] for name in names])
+    axis.bar_label(bars, labels=[text.format(height) for height in heights], color=INK, padding=4)
+    for name, error in errors.items():
+        axis.errorbar(name, values[name], yerr=error, ecolor=INK, capsize=4)
     axis.set_ylim(0, 1.18 * max(heights))
 
 
@@ -64,14 +57,11 @@ def _draw_bytes(axis: Any, report: dict[str, Any]) -> None:
 
 def _draw_perplexity(axis: Any, report: dict[str, Any]) -> None:
     found = report["perplexity"]
-    error = found["ratio_standard_error"] or 0.0  # None for a single window
-    _bars(
-        axis,
-        {name: found[name] for name in COLOURS},
-        {"converted": found["original"] * error},
-        "{:.2f}",
-    )
-    axis.set_title(f"perplexity: ratio {found['ratio']:.3f} +- {error:.3f}", color=INK)
+    error = found["ratio_standard_error"]  # None for a single window
+    errors = {} if error is None else {"converted": found["original"] * error}
+    _bars(axis, {name: found[name] for name in COLOURS}, errors, "{:.2f}")
+    spread = "" if error is None else f" +- {error:.3f}"
+    axis.set_title(f"perplexity: ratio {found['ratio']:.3f}{spread}", color=INK)
     axis.set_ylabel(f"on {found['windows']} x {found['window']} tokens", color=INK)
 
 
@@ -104,6 +94,5 @@ def _draw_fit(axis: Any, report: dict[str, Any]) -> None:
     axis.set_title("estimated relative error of each layer's fit", color=INK)
     axis.set_xlabel("layer", color=INK)
     axis.set_ylabel("error / signal (rms)", color=INK)
-    axis.set_ylim(bottom=0)
-    axis.margins(y=0.2)
+    axis.set_ylim(0, 1.2 * max(layer[key] for layer in layers for key in kinds) or 1.0)
     axis.legend(frameon=False, labelcolor=INK, ncols=3, loc="upper center")
