@@ -22,7 +22,7 @@ from mla.checks import ShapeError, UnsupportedError, bind_dims
 from mla.config import MLAConfig
 from mla.ops import mla_decode, mla_gather, mla_prefill
 from mla.ops.prefill import Save, check_boundaries
-from mla.ops.select import Impl
+from mla.ops.select import Impl, preferred
 from mla.plan import should_absorb
 from mla.rope import cos_sin, query_position_scale, rotate
 from mla.view import CacheView
@@ -53,7 +53,8 @@ class MultiheadLatentAttention(nn.Module):
     Args:
         config: sizes and conventions.
         layer_idx: which layer of the cache this one writes.
-        impl: who computes the ops, see `mla.ops.supported_impls`.
+        impl: who computes the ops, see `mla.ops.supported_impls`; an op that this implementation
+            does not have takes ``"auto"``.
         save: what training keeps for the backward pass, see `mla.ops.mla_prefill`.
         device, dtype: of the weights.
     """
@@ -209,7 +210,7 @@ class MultiheadLatentAttention(nn.Module):
             key_lengths=key_lengths,
             cu_seqlens_q=cu_seqlens,
             save=self.save,
-            impl=self.impl,
+            impl=preferred(self.impl, "mla_prefill"),
         )
         return result.out[None] if packed else result.out
 
@@ -222,7 +223,7 @@ class MultiheadLatentAttention(nn.Module):
         is_padded = new_lengths is not None
         if is_padded or should_absorb(query.shape[1], view.max_length, self.config):
             return self._absorbed(query, view, new_lengths)
-        past = mla_gather(view, 0, view.max_length, dtype=query.dtype, impl=self.impl)
+        past = mla_gather(view, 0, view.max_length, dtype=query.dtype)
         position = (view.lengths - query.shape[1]).long()[:, None] + torch.arange(
             query.shape[1], device=query.device
         )
@@ -245,7 +246,7 @@ class MultiheadLatentAttention(nn.Module):
             view,
             scale=config.scale,
             query_lengths=query_lengths,
-            impl=self.impl,
+            impl=preferred(self.impl, "mla_decode"),
         )
         return absorb_output(result.out, w_uv)
 

@@ -20,8 +20,10 @@ from mla import (
     MLAConfig,
     MultiheadLatentAttention,
     RopeConfig,
+    UnsupportedError,
     reference,
 )
+from mla.ops import supported_impls
 from mla.rope import inverse_frequencies
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -261,3 +263,20 @@ def test_weights_may_change_at_any_time() -> None:
         expected = layer(x)[:, 7:]
     assert (before - after).abs().max() > 1e-3
     torch.testing.assert_close(after, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("impl", ["cpp", "torch"])
+def test_a_named_implementation_leaves_ops_it_lacks_to_auto(impl: Any) -> None:
+    if dict(supported_impls("mla_decode"))[impl] is not None:
+        pytest.skip(f"{impl} is not available")
+    layer, x = make_layer(SMALL, 21, torch.float32, impl=impl), inputs(1, 90, 21, torch.float32)
+    cache = DenseLatentCache(SMALL, batch_size=1)
+    with torch.no_grad():  # cold prefill, absorbed step, warm prefill
+        steps = [layer(part, cache=cache) for part in x.split([29, 1, 60], 1)]
+        expected = layer(x)
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="impl='fast' does not exist"):
+        make_layer(SMALL, 22, impl="fast")(inputs(1, 2, 22))

@@ -180,6 +180,13 @@ def resolve(impl: str, case: Case) -> Implementation:
     raise UnsupportedError(f"{case.op}: {fact}; this case can run on {[row.name for row in able]}")
 
 
+def preferred(impl: Impl, op: OpName) -> Impl:
+    """``impl`` where it has ``op``, otherwise "auto": for callers of several ops."""
+    has_op = any(row.name == impl and op in row.ops for row in TABLE)
+    is_known = impl == "auto" or any(row.name == impl for row in TABLE)
+    return impl if has_op or not is_known else "auto"
+
+
 def kernel_for(impl: str, case: Case, part: str | None = None) -> Callable[..., Any]:
     """The function behind ``impl`` for this op, or for ``part`` of it such as a backward pass."""
     return _load(resolve(impl, case).kernels[part or case.op])

@@ -19,6 +19,7 @@ from mla.absorb import absorb_output, absorb_queries, effective_weight, split_kv
 from mla.checks import UnsupportedError
 from mla.integrations.transformers.masks import KeyRuns, boolean_mask, key_runs
 from mla.ops import mla_decode, mla_prefill
+from mla.ops.select import preferred
 from mla.plan import should_absorb
 from mla.view import CacheView
 
@@ -61,7 +62,7 @@ def attend(
             None: causal from the first key on, a single query sees every key.
         scale: multiplies scores before softmax.
         dropout: probability of dropping a weight; 0 outside training.
-        impl: as in `mla.ops.mla_decode`.
+        impl: as in `mla.ops.mla_decode`; an op that it does not have takes ``"auto"``.
 
     Returns:
         ``[B, L, H, V]``, dtype of ``query`` or that of autocast; 0 where a query sees no key.
@@ -94,7 +95,7 @@ def attend(
         scale=scale,
         key_starts=runs.starts,
         key_lengths=runs.lengths,
-        impl=impl,
+        impl=preferred(impl, "mla_prefill"),
     ).out
 
 
@@ -136,7 +137,9 @@ def _attend_absorbed(
         lengths = torch.full((B,), runs.num_keys, dtype=torch.int32, device=query.device)
     view = CacheView.dense(rows_BTW, lengths, C=latent.shape[-1], R=width - N, starts=runs.starts)
     q_latent = absorb_queries(q_nope_BLHN, w_uk)
-    out = mla_decode(q_latent, q_rope_BLHR, view, scale=scale, impl=impl).out
+    out = mla_decode(
+        q_latent, q_rope_BLHR, view, scale=scale, impl=preferred(impl, "mla_decode")
+    ).out
     return absorb_output(out, w_uv)
 
 
