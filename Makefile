@@ -9,6 +9,7 @@
 #   make bench      every benchmark, to out/bench
 #   make gpu        the tests that need a CUDA device, in the Python that has it (GPU_PYTHON=python3)
 #   make mutants    break the code line by line and require the tests to notice
+#   make sanitize   the C++ kernels and their tests under the address and UB sanitizers
 #   make thorough   the tests with many more drawn examples
 #   make clean      remove what was built, not .venv and the data
 
@@ -28,7 +29,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help env data demo test test-oldest check bench gpu mutants thorough clean
+.PHONY: help env data demo test test-oldest check bench gpu mutants sanitize thorough clean
 .NOTPARALLEL:
 
 help:
@@ -87,6 +88,9 @@ gpu:
 
 mutants: data
 	@$(PY) -m tools.mutants $(MUTANT_ARGS)
+
+sanitize: env
+	@tools/sanitize.sh $(PY) $(TEST_ARGS)
 
 thorough: data
 	@$(PYTEST) -n $(WORKERS) --timeout 3600 --hypothesis-profile=thorough $(TEST_ARGS)

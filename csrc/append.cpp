@@ -31,6 +31,7 @@ inline float load_scalar(const char* p, Dtype dtype, int64_t i) {
 
 // One loop for each dtype, so that the compiler sees what it may vectorise.
 void load(const char* p, Dtype dtype, int64_t count, float* to) {
+  if (count == 0) return;  // an empty tensor has no memory
   if (dtype == Dtype::kFloat32) {
     std::memcpy(to, p, count * sizeof(float));
   } else if (dtype == Dtype::kBFloat16) {
@@ -42,6 +43,7 @@ void load(const char* p, Dtype dtype, int64_t count, float* to) {
 }
 
 void store(const float* from, Dtype dtype, int64_t count, char* p) {
+  if (count == 0) return;
   switch (dtype) {
     case Dtype::kFloat64:
       for (int64_t i = 0; i < count; ++i) reinterpret_cast<double*>(p)[i] = from[i];

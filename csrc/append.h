@@ -10,7 +10,9 @@ struct TokenRows {
   const char* data = nullptr;
   int64_t strides[2] = {0, 0};
   Dtype dtype = Dtype::kFloat32;
-  const char* at(int64_t b, int64_t l) const { return data + b * strides[0] + l * strides[1]; }
+  const char* at(int64_t b, int64_t l) const {
+    return data == nullptr ? nullptr : data + b * strides[0] + l * strides[1];
+  }
 };
 
 struct AppendParams {

@@ -58,7 +58,7 @@ void clear_rest(const DecodeParams& p, const RowPlan& row) {
   const int64_t M = p.L * p.H, first = row.num_splits == 0 ? 0 : row.count * p.H;
   const int64_t row_bytes = p.C * bytes_of(p.out_dtype);
   char* out = static_cast<char*>(p.out) + (row.b * M + first) * row_bytes;
-  std::memset(out, 0, (M - first) * row_bytes);
+  if (row_bytes > 0 && first < M) std::memset(out, 0, (M - first) * row_bytes);
   for (int64_t m = first; m < M; ++m) p.lse[row.b * M + m] = -INFINITY;
 }
 

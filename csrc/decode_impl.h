@@ -104,6 +104,7 @@ struct Decode {
       const int64_t *sl = p.q_latent_strides, *sr = p.q_rope_strides;
       const Sink<Isa, kBf16> sink{queries + i * width * kUnitBytes()};
       convert_values(p.q_latent + b * sl[0] + l * sl[1] + h * sl[2], dtype, p.C, sink, 0);
+      if (p.R == 0) continue;  // an empty tensor has no memory to point into
       convert_values(p.q_rope + b * sr[0] + l * sr[1] + h * sr[2], dtype, p.R, sink, p.C);
     }
     const float* from = reinterpret_cast<const float*>(queries);

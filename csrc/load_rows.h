@@ -56,6 +56,7 @@ struct Sink {
 // `count` values of `dtype` to places [at, at + count).
 template <class Isa, bool kBf16>
 void convert_values(const char* p, Dtype dtype, int64_t count, Sink<Isa, kBf16> sink, int64_t at) {
+  if (count == 0) return;  // p may be null
   if (dtype == (kBf16 ? Dtype::kBFloat16 : Dtype::kFloat32)) {
     std::memcpy(sink.p + at * (kBf16 ? 2 : 4), p, count * (kBf16 ? 2 : 4));
     return;
