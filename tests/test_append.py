@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,10 +18,22 @@ from mla import reference
 from mla.checks import ShapeError
 from mla.codec import Codec, Int4Codec, Int8Codec, PlainCodec, rotate_latent
 from mla.ops import mla_append, mla_gather, mla_norm_rope_append
+from mla.ops.select import Case, kernel_for
 from mla.view import CacheView
 
 F64 = torch.float64
 CAPACITY = 24
+
+
+@pytest.fixture(scope="module", params=["auto", "torch"], autouse=True)
+def _impl(request):
+    """Every test runs what "auto" takes here (C++ where it is built) and plain PyTorch."""
+
+    def chosen(impl: str, case: Case, part: str | None = None) -> Any:
+        return kernel_for(request.param if impl == "auto" else impl, case, part)
+
+    with patch("mla.ops.append.kernel_for", chosen):
+        yield
 
 
 @dataclass(frozen=True)
