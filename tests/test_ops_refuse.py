@@ -185,7 +185,7 @@ SHAPES = [
         {"cu_seqlens_q": ints(0, 6, dtype=torch.int64)},
         "cu_seqlens_q has dtype torch.int64, expected torch.int32",
     ),
-    (packed, {"cu_seqlens_k": ints(0, 7)}, "cu_seqlens_k has values [0, 7], expected"),
+    (packed, {"cu_seqlens_k": ints(0, 2, 7)}, "cu_seqlens_k has values [0, 2, 7], expected"),
     (packed, {"cu_seqlens_k": ints(0, 6)}, "cu_seqlens_k has shape (2,), expected (3,) as cu_seq"),
     (
         packed,
@@ -268,6 +268,22 @@ def test_ranges(begin, end):
 def test_options_and_implementations(call, message):
     with pytest.raises(UnsupportedError, match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "changed"),
+    [
+        (decode, {"query_lengths": ints(0, 2)}),
+        (append, {"new_lengths": ints(0, 2)}),
+        (fused, {"new_lengths": ints(0, 2)}),
+        (prefill, {"key_lengths": ints(4, 5)}),
+        (packed, {"cu_seqlens_q": ints(0, 2, 5)}),
+    ],
+)
+def test_compiled_code_refuses_the_same_values(call, changed):
+    torch._dynamo.reset()
+    with pytest.raises(ShapeError, match="has values"):
+        torch.compile(lambda: call(**changed), backend="eager")()
 
 
 def test_lengths_beyond_the_capacity():

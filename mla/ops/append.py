@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mla.checks import ShapeError, UnsupportedError, bind_dims, require_device, require_same
-from mla.ops.decode import check_lengths
+from mla.ops.decode import check_lengths, check_values
 from mla.ops.library import (
     NUM_VIEW_ARGUMENTS,
     define,
@@ -35,6 +35,7 @@ class Rows(NamedTuple):
 
 def _check_room(op: str, view: CacheView, L: int, new_lengths: Tensor | None) -> None:
     """On a CPU: every new token has a position in the cache. Elsewhere that is the caller's."""
+    check_values(op, "new_lengths", new_lengths, "L", L)
     if not view.lengths.is_cpu or view.batch_size == 0:
         return
     low = int((view.lengths - (L if new_lengths is None else new_lengths)).min())

@@ -43,6 +43,7 @@ def _kernel(q_latent: Tensor, q_rope: Tensor, *arguments: Any) -> tuple[Tensor, 
     scale, query_lengths, out_dtype, impl = arguments[NUM_VIEW_ARGUMENTS:]
     case = Case("mla_decode", q_latent.device.type, q_latent.dtype, view.codec.kind)
     decode = kernel_for(impl, case)
+    check_values("mla_decode", "query_lengths", query_lengths, "L", q_latent.shape[1])
     result: tuple[Tensor, Tensor] = decode(
         q_latent, q_rope, view, scale, query_lengths, out_dtype or q_latent.dtype
     )
@@ -122,17 +123,17 @@ def check_out_dtype(op: str, out_dtype: torch.dtype | None) -> None:
         raise ShapeError(f"{op}: out_dtype has value {out_dtype}, expected float64 to bfloat16")
 
 
-def check_lengths(
-    op: str, name: str, lengths: Tensor, sizes: dict[str, int], like: Tensor, most: str = "L"
-) -> None:
-    """Require ``[B]`` int32 on the device of ``like``; on a CPU also values of 0 to ``most``."""
+def check_lengths(op: str, name: str, lengths: Tensor, sizes: dict[str, int], like: Tensor) -> None:
+    """Require ``[B]`` int32 on the device of ``like``."""
     bind_dims(op, name, lengths, "B", sizes)
     require_int32(op, name, lengths)
     require_device(op, name, lengths, "the other tensors", like)
-    if torch.compiler.is_compiling() or not lengths.is_cpu or lengths.numel() == 0:
+
+
+def check_values(op: str, name: str, lengths: Tensor | None, letter: str, most: int) -> None:
+    """On a CPU: require values of 0 to ``most``. Called inside ops, so compiled code checks too."""
+    if lengths is None or not lengths.is_cpu or lengths.numel() == 0:
         return
     low, high = int(lengths.min()), int(lengths.max())
-    if low < 0 or high > sizes[most]:
-        raise ShapeError(
-            f"{op}: {name} has values {low} to {high}, expected 0 to {most}={sizes[most]}"
-        )
+    if low < 0 or high > most:
+        raise ShapeError(f"{op}: {name} has values {low} to {high}, expected 0 to {letter}={most}")

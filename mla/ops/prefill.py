@@ -21,7 +21,7 @@ from mla.checks import (
 )
 from mla.kernels.eager.decode import lse_dtype
 from mla.kernels.prefill_types import Masking
-from mla.ops.decode import AttentionOutput, check_lengths, check_out_dtype
+from mla.ops.decode import AttentionOutput, check_lengths, check_out_dtype, check_values
 from mla.ops.library import LIBRARY, define, refuse_gradient
 from mla.ops.select import Case, Impl, kernel_for
 
@@ -44,6 +44,7 @@ def _kernel(
     scale, masking = _masking(arguments[:8])
     out_dtype, save_expanded, impl = arguments[8:]
     prefill = kernel_for(impl, Case("mla_prefill", query.device.type, query.dtype))
+    _check_values(masking, query.shape[1], latent.shape[1])
     result: tuple[Tensor, Tensor, Tensor] = prefill(
         query, latent, k_rope, weight, scale, masking, out_dtype or query.dtype, save_expanded
     )
@@ -258,7 +259,7 @@ def _check_masking(
         if lengths is not None and packed:
             raise ShapeError(f"mla_prefill: {name} has a value, expected None with cu_seqlens_q")
         if lengths is not None:
-            check_lengths("mla_prefill", name, lengths, sizes, query, most="S")
+            check_lengths("mla_prefill", name, lengths, sizes, query)
     if cu_seqlens_k is not None and not packed:
         raise ShapeError("mla_prefill: cu_seqlens_q has value None, expected it with cu_seqlens_k")
     if cu_seqlens_q is None:
@@ -266,13 +267,20 @@ def _check_masking(
     ends_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     for name, ends in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", ends_k)):
         require_device("mla_prefill", name, ends, "query", query)
-    check_boundaries("mla_prefill", "cu_seqlens_q", cu_seqlens_q, sizes["T"])
-    check_boundaries("mla_prefill", "cu_seqlens_k", ends_k, sizes["T'"])
     if ends_k.shape != cu_seqlens_q.shape:
         raise ShapeError(
             f"mla_prefill: cu_seqlens_k has shape {tuple(ends_k.shape)}, "
             f"expected {tuple(cu_seqlens_q.shape)} as cu_seqlens_q has"
         )
+
+
+def _check_values(masking: Masking, num_queries: int, num_keys: int) -> None:
+    """What can be read on a CPU; inside the op, so that compiled code checks too."""
+    check_values("mla_prefill", "key_starts", masking.key_starts, "S", num_keys)
+    check_values("mla_prefill", "key_lengths", masking.key_lengths, "S", num_keys)
+    if masking.cu_seqlens_q is not None and masking.cu_seqlens_k is not None:
+        check_boundaries("mla_prefill", "cu_seqlens_q", masking.cu_seqlens_q, num_queries)
+        check_boundaries("mla_prefill", "cu_seqlens_k", masking.cu_seqlens_k, num_keys)
 
 
 def check_boundaries(op: str, name: str, boundaries: Tensor, num_tokens: int) -> None:
