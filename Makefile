@@ -46,7 +46,9 @@ demo: data
 	@$(PY) -m mla demo
 	@echo "demo: passed, table above, plot and report.json in out/demo"
 
+# Triton's interpreter excludes its compiler, so the kernels have a pytest process of their own.
 test: data check
+	@TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) --timeout 900 tests/kernels
 	@$(PYTEST) -n $(WORKERS) --timeout 600 $(TEST_ARGS)
 
 # With its dependencies, but never another torch: the folder comes before .venv on the path.
