@@ -82,7 +82,7 @@ def prefill_backward(
     operands = flatten(query, latent, k_rope, kv_b_weight, masking)
     H, N, R, V = operands.sizes
     T, num_keys = operands.query.shape[0], operands.latent.shape[0]
-    # Queries outside every packed sequence and unseen keys are written by no program.
+    # Queries outside every packed sequence are written by no program.
     d_query = query.new_zeros(T, H, N + R)
     d_latent = torch.zeros_like(operands.latent, dtype=torch.float32)
     d_k_rope = torch.zeros_like(operands.k_rope, dtype=torch.float32)
@@ -90,6 +90,7 @@ def prefill_backward(
     if T and num_keys and operands.num_sequences:
         seen = operands.seen_tokens()
         seen_latent = operands.latent
+        new = torch.empty if seen is None else torch.zeros  # unseen keys are written by no program
         if seen is not None:  # 0 times NaN is NaN: it must not reach the gradient of the weight
             seen_latent = seen_latent.masked_fill(~seen[:, None], 0)
         d_out = grad_out.reshape(T, H, V).contiguous()
@@ -100,8 +101,8 @@ def prefill_backward(
             weight = operands.weight[heads]
             is_saved = expanded.numel() > 0
             kv = expanded.flatten(0, 1)[:, heads] if is_saved else expand(operands.latent, weight)
-            d_kv = torch.zeros(kv.shape, dtype=kv.dtype, device=kv.device)
-            d_rope = torch.zeros(*kv.shape[:2], R, dtype=torch.float32, device=kv.device)
+            d_kv = new(kv.shape, dtype=kv.dtype, device=kv.device)
+            d_rope = new((*kv.shape[:2], R), dtype=torch.float32, device=kv.device)
             operands.launch(
                 prefill_backward_keys_kernel, "keys", heads, kv,
                 d_kv_ptr=d_kv, d_rope_ptr=d_rope, **shared,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from devices import DEVICE, DTYPES, on_cpu, on_device
 from helpers import assert_lse_within_budget, assert_within_budget, randn
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from strategies import SEEDS
 from torch import Tensor
@@ -21,7 +21,7 @@ from mla.kernels import prefill_operands
 from mla.ops import AttentionOutput, mla_prefill
 
 NAMES = ("query", "latent", "k_rope", "kv_b_weight")
-FEW = settings(max_examples=settings.default.max_examples // 3)  # the interpreter is slow
+FEW = settings(max_examples=settings.default.max_examples // 4)  # the interpreter is slow
 # The interpreter's products, which are NumPy's, round by the place of a row in its tile.
 IS_EXACT = DEVICE.type == "cpu"
 # Widths in one tile and in two, with columns that no tile fills; tiles of the interpreter's table
@@ -133,6 +133,11 @@ class Case:
         return AttentionOutput(join(outs), join(lses))
 
 
+# Several tiles of queries and keys, queries without keys and keys without queries.
+PADDED = Case(spans=((35, 3, 40), (35, 0, 20)))
+PACKED = Case(spans=((17, 0, 37), (0, 0, 3), (5, 0, 2)), is_packed=True, N=36, R=18, V=9)
+
+
 @st.composite
 def cases(draw: Any, **fixed: Any) -> Case:
     """One or two sequences; queries without keys and keys without queries among them."""
@@ -194,6 +199,8 @@ def assert_gradients(case: Case, inputs: tuple[Tensor, ...]) -> None:
 
 @FEW
 @given(case=cases())
+@example(case=PADDED)
+@example(case=PACKED)
 def test_matches_the_oracle(case) -> None:
     inputs = case.inputs()
     actual = case.run(inputs)
@@ -205,18 +212,21 @@ def test_matches_the_oracle(case) -> None:
 
 @FEW
 @given(case=cases(dtype=torch.float32))
+@example(case=PADDED)
+@example(case=PACKED)
 def test_gradients_match_the_oracle(case) -> None:
     assert_gradients(case, case.inputs())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_16_bits_match_the_oracle(dtype) -> None:
-    case = Case(spans=((35, 3, 40), (35, 0, 20)), H=1, dtype=dtype)
+    case = replace(PADDED, dtype=dtype)
     assert_gradients(case, case.inputs())
 
 
 @FEW
 @given(case=cases(is_exact=IS_EXACT))
+@example(case=replace(PACKED, is_exact=IS_EXACT))
 def test_a_sequence_has_the_same_bits_in_any_batch(case) -> None:
     """Padded or packed with others, and packed alone: out, lse and the gradient of the query."""
     inputs = case.inputs()
@@ -292,7 +302,7 @@ def test_any_scale(scale) -> None:
 
 
 def test_gradients_are_the_same_bits_each_time() -> None:
-    case = Case(spans=((35, 3, 40), (35, 0, 20)), H=1)
+    case = PADDED
     assert_same_bits(outputs(case, case.inputs()), outputs(case, case.inputs()))
 
 
@@ -301,6 +311,14 @@ def test_nothing_to_attend_to() -> None:
         out, lse, *grads = outputs(Case(spans=spans), Case(spans=spans).inputs())
         assert (out == 0).all() and (lse == float("-inf")).all()
         assert all((g == 0).all() for g in grads)
+
+
+def test_keys_without_queries_may_hold_anything() -> None:
+    case = Case(spans=((0, 0, 3), (2, 0, 2)), is_packed=True)
+    query, latent, k_rope, weight = case.inputs()
+    expected = outputs(case, (query, latent, k_rope, weight))
+    latent[:3], k_rope[:3] = float("nan"), float("nan")
+    assert_same_bits(outputs(case, (query, latent, k_rope, weight)), expected)
 
 
 @pytest.mark.cuda
