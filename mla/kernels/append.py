@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mla.codec import PlainCodec
 from mla.config import Pairing
 from mla.kernels import launch
 from mla.kernels.tiles import FP8, INT8, PLAIN
@@ -85,9 +84,7 @@ def append_kernel(
     sin_ptr,
     fresh_latent_ptr,  # [B, L, C] contiguous, the result before coding, or unused
     fresh_rope_ptr,  # [B, L, R]
-    values_ptr,  # [P, Z, *] rows as elements (plain) or bytes
-    scales_ptr,
-    rope_ptr,
+    rows_ptr,  # [P, Z, *] rows as elements (plain) or bytes
     table_ptr,  # [B, M] int32; unused for the dense layout
     lengths_ptr,  # [B] int32
     new_lengths_ptr,  # [B] int32 or unused
@@ -102,10 +99,6 @@ def append_kernel(
     rotation_scale,
     page_stride,
     slot_stride,
-    scales_at,
-    rope_at,
-    rope_scale_idx,
-    Z,
     M,
     shard_index,
     L,
@@ -113,15 +106,15 @@ def append_kernel(
     R: tl.constexpr,
     GROUP: tl.constexpr,
     HADAMARD: tl.constexpr,  # block size of the rotation, 1 for none
+    Z: tl.constexpr,  # positions in one page; 0: dense
     KIND: tl.constexpr,
+    SCALES_AT: tl.constexpr,  # begin of the scales in a row, in elements of rows_ptr
+    ROPE_AT: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
     ROPE_BITS: tl.constexpr,
-    VALUE_BYTES: tl.constexpr,
-    SCALE_BYTES: tl.constexpr,
-    ROPE_BYTES: tl.constexpr,
     HAS_NORM: tl.constexpr,
     PAIRING: tl.constexpr,  # 0 none, 1 interleaved, 2 half
     IS_FUSED: tl.constexpr,  # writes the fresh latent and key
-    IS_PAGED: tl.constexpr,
     HAS_NEW_LENGTHS: tl.constexpr,
     SHARDS: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -166,25 +159,33 @@ def append_kernel(
     first = nearest(first, k_rope_ptr, ROUND_BF16)
     second = nearest(second, k_rope_ptr, ROUND_BF16)
     if IS_FUSED:
-        row = b * L + token
-        tl.store(fresh_latent_ptr + row * C + c, x, mask=is_c)
-        tl.store(fresh_rope_ptr + row * R + at_first, first, mask=is_first)
-        tl.store(fresh_rope_ptr + row * R + at_second, second, mask=is_second)
+        fresh = b * L + token
+        tl.store(fresh_latent_ptr + fresh * C + c, x, mask=is_c)
+        tl.store(fresh_rope_ptr + fresh * R + at_first, first, mask=is_first)
+        tl.store(fresh_rope_ptr + fresh * R + at_second, second, mask=is_second)
 
     count = tl.load(new_lengths_ptr + b) if HAS_NEW_LENGTHS else L
     position = tl.load(lengths_ptr + b) - count + token
-    column = position // Z
-    if (token >= count) | (column % SHARDS != shard_index):
-        return
-    page = b
-    if IS_PAGED:
+    if Z > 0:
+        column = position // Z
+        if (token >= count) | (column % SHARDS != shard_index):
+            return
         page = tl.load(table_ptr + b * M + column // SHARDS).to(tl.int64)
-    offset = page * page_stride + (position % Z).to(tl.int64) * slot_stride
-    scale_at = scales_ptr + offset * VALUE_BYTES // SCALE_BYTES + scales_at
-    out_rope = rope_ptr + offset * VALUE_BYTES // ROPE_BYTES + rope_at
+        offset = page * page_stride + (position % Z).to(tl.int64) * slot_stride
+    else:
+        if token >= count:
+            return
+        offset = b * page_stride + position.to(tl.int64) * slot_stride
+    row = rows_ptr + offset
+    out_rope = row + ROPE_AT
+    if KIND != PLAIN:
+        scale_type: tl.constexpr = tl.float16 if SCALE_BITS == 16 else tl.float32
+        scale_at = (row + SCALES_AT).to(tl.pointer_type(scale_type), bitcast=True)
+        if ROPE_BITS == 16:
+            out_rope = out_rope.to(tl.pointer_type(tl.bfloat16), bitcast=True)
 
     if KIND == PLAIN:
-        tl.store(values_ptr + offset + c, nearest(x, values_ptr, ROUND_BF16), mask=is_c)
+        tl.store(row + c, nearest(x, rows_ptr, ROUND_BF16), mask=is_c)
     else:
         if HADAMARD > 1:
             x = hadamard(x, BLOCK_C, HADAMARD) * rotation_scale
@@ -205,11 +206,11 @@ def append_kernel(
         if KIND == FP8:
             ratio = tl.minimum(tl.maximum(ratio, -448.0), 448.0)
             code = tl.reshape(float_to_e4m3(ratio), [BLOCK_C])
-            tl.store(values_ptr + offset + c, code, mask=is_c)
+            tl.store(row + c, code, mask=is_c)
         elif KIND == INT8:
             ratio = tl.minimum(tl.maximum(round_even(ratio), -127.0), 127.0)
             code = tl.reshape(ratio.to(tl.int8), [BLOCK_C])
-            tl.store(values_ptr + offset + c, code.to(tl.uint8, bitcast=True), mask=is_c)
+            tl.store(row + c, code.to(tl.uint8, bitcast=True), mask=is_c)
         else:
             ratio = tl.minimum(tl.maximum(round_even(ratio), -7.0), 7.0)
             code = tl.reshape(ratio.to(tl.int32), [BLOCK_C // 2, 2])
@@ -217,13 +218,13 @@ def append_kernel(
             j = tl.arange(0, BLOCK_C // 2)
             high = tl.where(2 * j + 1 < C, odd + 8, 0)
             packed = ((even + 8) | (high << 4)).to(tl.uint8)
-            tl.store(values_ptr + offset + j, packed, mask=2 * j < C)
+            tl.store(row + j, packed, mask=2 * j < C)
     if ROPE_BITS == 8:
         amax = tl.maximum(tl.max(tl.abs(first), axis=0), tl.max(tl.abs(second), axis=0))
         scale = tl.div_rn(amax, 127.0)
-        if SCALE_BYTES == 2:
+        if SCALE_BITS == 16:
             scale = scale.to(tl.float16).to(tl.float32)
-        tl.store(scale_at + rope_scale_idx, scale)
+        tl.store(scale_at + (C + GROUP - 1) // GROUP, scale)  # behind those of the latent
         safe = tl.where(scale == 0.0, 1.0, scale) + tl.zeros([BLOCK_K], dtype=tl.float32)
         first = round_even(tl.div_rn(first, safe))
         second = round_even(tl.div_rn(second, safe))
@@ -278,36 +279,24 @@ def _launch(
     if B == 0 or L == 0:
         return
     R, codec = view.R, view.codec
-    storage = launch.row_storage(view)
     table = view.lengths if view.page_table is None else view.page_table
     is_rotated = pairing != "none" and R > 0
-    group = 1 if isinstance(codec, PlainCodec) else codec.group
-    size = math.gcd(C, 128) if codec.rotation else 1
     angles = (latent, latent)
     if is_rotated and cos is not None and sin is not None:
         angles = (cos.contiguous(), sin.contiguous())
     outputs = (latent, latent) if fresh is None else fresh
     append_kernel[(L, B)](
         latent, k_rope, latent if norm_weight is None else norm_weight, *angles, *outputs,
-        storage.values, storage.scales, storage.rope,
-        table, view.lengths,
+        view.rows, table, view.lengths,
         view.lengths if new_lengths is None else new_lengths,
         latent.stride(0), latent.stride(1), k_rope.stride(0), k_rope.stride(1),
         angles[0].stride(0), angles[0].stride(1),
-        eps, latent_scale, size**-0.5, view.rows.stride(0), view.rows.stride(1),
-        storage.scales_at, storage.rope_at, storage.rope_scale_idx,
-        view.rows.shape[1], table.stride(0), view.shard[0], L,
-        C=C, R=R, GROUP=group, HADAMARD=size,
-        KIND=launch.KINDS[codec.kind], ROPE_BITS=storage.rope_bits,
-        VALUE_BYTES=storage.values.element_size(),
-        SCALE_BYTES=storage.scales.element_size(),
-        ROPE_BYTES=storage.rope.element_size(),
+        eps, latent_scale, math.gcd(C, 128) ** -0.5,
+        view.rows.stride(0), view.rows.stride(1), table.stride(0), view.shard[0], L,
+        **launch.append_constants(codec, C, R), **launch.view_constants(view),
         HAS_NORM=norm_weight is not None,
         PAIRING={"none": 0, "interleaved": 1, "half": 2}[pairing] if is_rotated else 0,
-        IS_FUSED=fresh is not None, IS_PAGED=view.page_table is not None,
-        HAS_NEW_LENGTHS=new_lengths is not None, SHARDS=view.shard[1],
-        BLOCK_C=max(triton.next_power_of_2(C), group, 2),
-        BLOCK_K=triton.next_power_of_2(max(1, (R + 1) // 2)),
+        IS_FUSED=fresh is not None, HAS_NEW_LENGTHS=new_lengths is not None,
         ROUND_BF16=launch.is_interpreting(),
-        num_warps=4,
+        num_warps=launch.append_warps(C),
     )  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor
 from mla.codec import rotate_latent
 from mla.kernels import launch
 from mla.kernels.merge import merge_splits
-from mla.kernels.tiles import PLAIN, load_tile, local_count, split_size
+from mla.kernels.tiles import load_rope, load_tile, local_count, split_size
 from mla.view import CacheView
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -27,18 +27,22 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _page_of(table_ptr, slot_S, end, Z):
-    """Page that holds each local slot, ``[S]``; 0 behind the end."""
-    return tl.load(table_ptr + slot_S // Z, mask=slot_S < end, other=0)
+def _add_scores(scores, q, keys, log2_scale, IN_BRANCH: tl.constexpr):
+    """``scores + q keys^T``, the product already scaled where scores are computed in a branch.
+
+    Products that are summed by the matrix unit itself count as chained to the value product.
+    """
+    if IN_BRANCH:
+        return scores + tl.dot(q, keys.T, input_precision="ieee") * log2_scale
+    else:
+        return tl.dot(q, keys.T, scores, input_precision="ieee")
 
 
 @triton.jit
 def decode_kernel(
     q_latent_ptr,  # [B, L, H, C] contiguous
     q_rope_ptr,  # [B, L, H, R] contiguous
-    values_ptr,  # [P, Z, *] rows as elements (plain) or bytes
-    scales_ptr,  # the same storage as scales; unused for plain rows
-    rope_ptr,  # the same storage as rope elements
+    rows_ptr,  # [P, Z, *] rows as elements (plain) or bytes
     table_ptr,  # [B, M] int32; unused for the dense layout
     lengths_ptr,  # [B] int32
     starts_ptr,  # [B] int32 or unused
@@ -49,12 +53,8 @@ def decode_kernel(
     part_lse_ptr,  # [B, X, L*H] float32
     scale,  # float32
     num_splits,  # X of the workspace
-    page_stride,  # elements of values_ptr
+    page_stride,  # in elements of rows_ptr
     slot_stride,
-    scales_at,  # begin of the scales in a row, in scales
-    rope_at,  # begin of the rope in a row, in rope elements
-    rope_scale_idx,  # index of the rope's scale
-    Z,  # positions in one page
     M,
     shard_index,
     L,
@@ -63,12 +63,12 @@ def decode_kernel(
     R: tl.constexpr,
     W: tl.constexpr,
     T: tl.constexpr,
+    Z: tl.constexpr,  # positions in one page; 0: dense
     KIND: tl.constexpr,
+    SCALES_AT: tl.constexpr,  # begin of the scales in a row, in elements of rows_ptr
+    ROPE_AT: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
     ROPE_BITS: tl.constexpr,
-    VALUE_BYTES: tl.constexpr,  # bytes of an element of values_ptr, scales_ptr, rope_ptr
-    SCALE_BYTES: tl.constexpr,
-    ROPE_BYTES: tl.constexpr,
-    IS_PAGED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_QUERY_LENGTHS: tl.constexpr,
     SHARDS: tl.constexpr,
@@ -77,6 +77,7 @@ def decode_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    IN_BRANCH: tl.constexpr,  # see DecodeRow
     UPCAST: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -122,62 +123,61 @@ def decode_kernel(
     top = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_H], dtype=tl.float32)
     s = tl.arange(0, BLOCK_S)
+    # A tile inside one page needs one page id; otherwise each key has its own.
+    IS_WHOLE: tl.constexpr = Z % BLOCK_S == 0
+    of_key = 0 if IS_WHOLE else s
     table = table_ptr + b * M
-    page = s * 0
-    if IS_PAGED:
-        page = _page_of(table, begin + s, end, Z)
+    page = 0
+    if Z > 0:
+        page = tl.load(table + (begin + of_key) // Z, mask=begin + of_key < end, other=0)
+    log2_scale = scale * LOG2_E
+    weight = tl.zeros([BLOCK_H, BLOCK_S], dtype=dot_dtype)
+    alpha = tl.zeros([BLOCK_H], dtype=tl.float32)
     for block in tl.range(begin, end, BLOCK_S):
         slot = block + s
-        is_stored = (slot < end) & (slot >= first)
-        if IS_PAGED:
-            offset = page.to(tl.int64) * page_stride + (slot % Z).to(tl.int64) * slot_stride
+        is_stored = slot < end
+        if HAS_STARTS:
+            is_stored &= slot >= first
+        if Z > 0:
+            inside = block % Z + s if IS_WHOLE else slot % Z
+            offset = tl.cast(page, tl.int64) * page_stride + inside.to(tl.int64) * slot_stride
             # Carried, not loaded when needed: a load that feeds the next load is not pipelined.
-            page = _page_of(table, slot + BLOCK_S, end, Z)
+            following = block + BLOCK_S + of_key
+            page = tl.load(table + following // Z, mask=following < end, other=0)
         else:
             offset = b * page_stride + slot.to(tl.int64) * slot_stride
-        offset_scale = offset * VALUE_BYTES // SCALE_BYTES + scales_at
-        offset_rope = offset * VALUE_BYTES // ROPE_BYTES + rope_at
-
+        row_S = rows_ptr + offset
         values = ()
-        scales = ()
-        scores = tl.zeros([BLOCK_H, BLOCK_S], dtype=tl.float32)
         for t in tl.static_range(T):
-            value = load_tile(values_ptr, offset, is_stored, t, C, W, KIND, dot_dtype)
-            values += (value,)
-            if KIND == PLAIN:
-                scores = tl.dot(q[t], value.T, scores, input_precision="ieee")
-            else:
-                scale_S = tl.load(scales_ptr + offset_scale + t, mask=is_stored, other=0.0)
-                scales += (scale_S.to(tl.float32),)
-                raw = tl.dot(q[t], value.T, input_precision="ieee")
-                scores += raw * scales[t][None, :]
+            values += (
+                load_tile(row_S, is_stored, t, C, W, KIND, SCALES_AT, SCALE_BITS, dot_dtype),
+            )
+        key = 0
         if R > 0:
-            is_key = is_stored[:, None] & (r < R)[None, :]
-            key = tl.load(rope_ptr + offset_rope[:, None] + r[None, :], mask=is_key, other=0)
-            if ROPE_BITS == 8:
-                key = key.to(tl.int8, bitcast=True).to(dot_dtype)
-                rope_scale = tl.load(
-                    scales_ptr + offset_scale + rope_scale_idx, mask=is_stored, other=0.0
-                ).to(tl.float32)
-                scores += tl.dot(q_r, key.T, input_precision="ieee") * rope_scale[None, :]
-            else:
-                key = key.to(dot_dtype)
-                scores = tl.dot(q_r, key.T, scores, input_precision="ieee")
-
-        is_seen = is_stored[None, :] & (slot[None, :] < limit[:, None])
-        scores = tl.where(is_seen, scores * (scale * LOG2_E), float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key yet: avoid inf - inf
-        alpha = tl.exp2(top - base)
-        p = tl.exp2(scores - base[:, None])
-        total = total * alpha + tl.sum(p, axis=1)
-        top = new_top
+            key = load_rope(
+                row_S, is_stored, R, BLOCK_R, KIND, ROPE_AT, ROPE_BITS, SCALES_AT, SCALE_BITS, T,
+                dot_dtype,
+            )  # fmt: skip
+        run = block < end if IN_BRANCH else True
+        if run:
+            scores = tl.zeros([BLOCK_H, BLOCK_S], dtype=tl.float32)
+            if R > 0:
+                scores = _add_scores(scores, q_r, key, log2_scale, IN_BRANCH)
+            for t in tl.static_range(T):
+                scores = _add_scores(scores, q[t], values[t], log2_scale, IN_BRANCH)
+            if not IN_BRANCH:
+                scores *= log2_scale
+            is_seen = is_stored[None, :] & (slot[None, :] < limit[:, None])
+            scores = tl.where(is_seen, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key yet: avoid inf - inf
+            alpha = tl.exp2(top - base)
+            p = tl.exp2(scores - base[:, None])
+            total = total * alpha + tl.sum(p, axis=1)
+            top = new_top
+            weight = p.to(dtype).to(dot_dtype)
         updated = ()
         for t in tl.static_range(T):
-            if KIND == PLAIN:
-                weight = p.to(dtype).to(dot_dtype)
-            else:
-                weight = (p * scales[t][None, :]).to(dtype).to(dot_dtype)
             updated += (tl.dot(weight, values[t], acc[t] * alpha[:, None], input_precision="ieee"),)
         acc = updated
 
@@ -249,7 +249,6 @@ def _launch(
     out_rows, lse_rows = out[rows], lse[rows]
     num_rows = out_rows.shape[0]
     X = part_lse.shape[1] if part_lse.numel() else 1
-    storage = launch.row_storage(view)
     lengths = view.lengths[rows]
     starts = None if view.starts is None else view.starts[rows]
     counts = None if query_lengths is None else query_lengths[rows]
@@ -258,24 +257,13 @@ def _launch(
     first_page = 0 if is_paged else rows.start
     decode_kernel[(triton.cdiv(L * H, plan.BLOCK_H), X, num_rows)](
         q_latent[rows], q_rope[rows],
-        storage.values[first_page:], storage.scales[first_page:], storage.rope[first_page:],
-        table, lengths,
+        view.rows[first_page:], table, lengths,
         lengths if starts is None else starts,
         lengths if counts is None else counts,
         out_rows, lse_rows, part, part_lse,
-        scale, X, view.rows.stride(0), view.rows.stride(1),
-        storage.scales_at, storage.rope_at, storage.rope_scale_idx,
-        view.rows.shape[1], table.stride(0), view.shard[0], L,
-        H=H, C=C, R=view.R, W=plan.W, T=plan.T,
-        KIND=plan.kind, ROPE_BITS=storage.rope_bits,
-        VALUE_BYTES=storage.values.element_size(),
-        SCALE_BYTES=storage.scales.element_size(),
-        ROPE_BYTES=storage.rope.element_size(),
-        IS_PAGED=is_paged, HAS_STARTS=starts is not None,
-        HAS_QUERY_LENGTHS=counts is not None, SHARDS=view.shard[1],
-        SPLIT_KEYS=plan.SPLIT_KEYS, MAX_SPLITS=launch.MAX_SPLITS,
-        BLOCK_H=plan.BLOCK_H, BLOCK_S=plan.BLOCK_S,
-        BLOCK_R=max(16, triton.next_power_of_2(view.R)),
+        scale, X, view.rows.stride(0), view.rows.stride(1), table.stride(0), view.shard[0], L,
+        H=H, C=C, R=view.R, **launch.view_constants(view), **plan.constants(view.R),
+        HAS_STARTS=starts is not None, HAS_QUERY_LENGTHS=counts is not None,
         UPCAST=launch.upcast(q_latent),
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip

@@ -6,10 +6,11 @@ compiled for its target and checked for shared memory and spills; see `mla.kerne
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -35,6 +36,9 @@ _CUDA = {(8, 0): "sm80", (8, 6): "sm86", (8, 9): "sm86", (9, 0): "sm90", (10, 0)
 MAX_SPLITS = 128  # one split for each multiprocessor of an H100 at batch 1
 WORKSPACE_BYTES = 1 << 28  # partial results of one launch; larger batches take several launches
 
+Operands = Literal["plain", "coded", "float32"]
+ALL = 1 << 30
+
 
 @dataclass(frozen=True)
 class DecodeRow:
@@ -47,33 +51,89 @@ class DecodeRow:
     num_stages: int
     SPLIT_KEYS: int
     reason: str
+    W: int = 128  # columns of one dot product; coded rows: those of a scale group
+    most_columns: int = ALL  # of all tiles of a row together
+    # Scores in a branch that is always taken: Triton gives a product that feeds another one all
+    # warps along the rows, so that two warp groups would compute the same 64 rows of scores.
+    IN_BRANCH: bool = False
 
 
 # Small tiles are bound by memory: keys are cut finely so that few sequences fill the device.
 # Large ones are bound by arithmetic: longer splits write fewer partial results.
-DECODE: dict[str, tuple[DecodeRow, ...]] = {
-    "sm80": (
-        DecodeRow(16, 16, 64, 8, 2, 512, "memory-bound; two buffers of 64 keys fit"),
-        DecodeRow(1 << 30, 32, 32, 8, 2, 1024, "64 rows spill on sm80, 32x32 does not"),
-    ),
-    "sm86": (
-        DecodeRow(1 << 30, 16, 32, 4, 2, 512, "99 KiB of shared memory: two buffers of 32 keys"),
-    ),
-    "sm90": (
-        DecodeRow(16, 16, 64, 8, 2, 512, "memory-bound; 16 rows take mma.sync"),
-        DecodeRow(32, 32, 32, 8, 2, 512, "between the two: half of a 64-row tile would be empty"),
-        DecodeRow(1 << 30, 64, 32, 8, 2, 1024, "64 rows reach wgmma; 64 coded keys would spill"),
-    ),
-    "sm100": (
-        DecodeRow(16, 16, 64, 8, 2, 512, "memory-bound"),
-        DecodeRow(32, 32, 32, 8, 2, 512, "between the two"),
-        DecodeRow(1 << 30, 64, 32, 8, 1, 1024, "tcgen05; a second buffer does not fit"),
-    ),
-    "sm120": (DecodeRow(1 << 30, 16, 32, 4, 2, 512, "99 KiB of shared memory"),),
-    "gfx942": (DecodeRow(1 << 30, 16, 32, 4, 1, 512, "64 KiB of shared memory: one buffer"),),
-    "gfx950": (DecodeRow(1 << 30, 16, 32, 4, 2, 512, "160 KiB of shared memory"),),
-    "interpreter": (DecodeRow(1 << 30, 16, 16, 1, 1, 32, "small, so that small tests split"),),
-}
+# Stages: with 2 the next keys are fetched when a tile is done, with 3 while it is computed.
+_SMALL = DecodeRow(16, 16, 32, 4, 3, 512, "memory-bound; two blocks share a multiprocessor")
+_FLOAT32 = DecodeRow(ALL, 16, 32, 8, 2, 512, "no matrix unit in float32: 64 keys spill")
+_FLOAT32_SMALL = DecodeRow(ALL, 16, 16, 8, 2, 512, "no matrix unit; 99 KiB of shared memory")
+_MIDDLE = DecodeRow(ALL, 32, 64, 8, 3, 1024, "as many keys as 8 warps take without sharing any")
+_AMD = DecodeRow(ALL, 32, 32, 4, 2, 1024, "64 rows spill")
+
+DECODE: dict[str, dict[Operands, tuple[DecodeRow, ...]]] = {
+    "sm80": {
+        "plain": (
+            _SMALL,
+            DecodeRow(32, 32, 64, 8, 2, 1024, "a third stage does not fit"),
+            DecodeRow(ALL, 64, 32, 8, 3, 1024, "half the reads of 32 rows; 64 keys spill"),
+        ),
+        "coded": (_SMALL, DecodeRow(ALL, 32, 64, 8, 2, 1024, "64 rows spill")),
+        "float32": (_FLOAT32,),
+    },
+    "sm86": {
+        "plain": (_SMALL, DecodeRow(ALL, 32, 32, 8, 2, 1024, "99 KiB of shared memory")),
+        "float32": (_FLOAT32_SMALL,),
+    },
+    "sm90": {
+        "plain": (
+            _SMALL,
+            replace(_MIDDLE, most_rows=32),
+            DecodeRow(
+                ALL, 64, 32, 8, 3, 1024, "wgmma; 64 keys leave no room to fetch ahead",
+                W=256, IN_BRANCH=True,
+            ),
+        ),
+        "coded": (
+            _SMALL,
+            replace(_MIDDLE, most_rows=32),
+            DecodeRow(ALL, 64, 32, 8, 3, 1024, "wgmma; 64 keys spill", IN_BRANCH=True),
+        ),
+        "float32": (_FLOAT32,),
+    },
+    "sm100": {
+        "plain": (
+            _SMALL,
+            replace(_MIDDLE, most_rows=32),
+            DecodeRow(
+                ALL, 64, 32, 8, 2, 1024, "tcgen05; narrower dots overflow tensor memory",
+                W=512, most_columns=512,
+            ),
+            _MIDDLE,
+        ),
+        "coded": (_SMALL, _MIDDLE),  # 64 rows overflow tensor memory
+        "float32": (_FLOAT32,),
+    },
+    "sm120": {
+        "plain": (_SMALL, DecodeRow(ALL, 32, 32, 8, 2, 1024, "99 KiB of shared memory")),
+        "float32": (_FLOAT32_SMALL,),
+    },
+    "gfx942": {
+        "plain": (
+            DecodeRow(16, 16, 32, 4, 1, 512, "fetching ahead spills"),
+            replace(_AMD, num_stages=1, reason="fetching ahead spills, and so do 64 rows"),
+        ),
+        "coded": (DecodeRow(16, 16, 32, 4, 2, 512, "memory-bound"), _AMD),
+        "float32": (DecodeRow(ALL, 16, 16, 4, 1, 512, "32 keys spill"),),
+    },
+    "gfx950": {
+        "plain": (DecodeRow(16, 16, 32, 4, 2, 512, "memory-bound"), _AMD),
+        "float32": (DecodeRow(ALL, 16, 16, 4, 1, 512, "32 keys spill"),),
+    },
+    "interpreter": {
+        "plain": (
+            DecodeRow(16, 16, 16, 1, 1, 32, "small, so that small tests split"),
+            DecodeRow(ALL, 16, 16, 1, 1, 32, "the same in a branch", IN_BRANCH=True),
+        ),
+    },
+}  # fmt: skip
+DECODE_MMA = {("sm90", 64): "wgmma", ("sm100", 64): "tcgen05.mma"}  # by BLOCK_H; promised
 KINDS = {"plain": 0, "fp8": 1, "int8": 2, "int4": 3}  # as in tiles.py
 
 
@@ -85,9 +145,22 @@ class DecodePlan(NamedTuple):
     num_warps: int
     num_stages: int
     SPLIT_KEYS: int
+    IN_BRANCH: bool
     W: int  # columns of one tile
     T: int  # tiles of a row
-    kind: int
+
+    def constants(self, R: int) -> dict[str, int]:
+        """Constants of the kernel that the plan decides."""
+        return {
+            "W": self.W,
+            "T": self.T,
+            "SPLIT_KEYS": self.SPLIT_KEYS,
+            "MAX_SPLITS": MAX_SPLITS,
+            "BLOCK_H": self.BLOCK_H,
+            "BLOCK_S": self.BLOCK_S,
+            "BLOCK_R": max(16, triton.next_power_of_2(R)),
+            "IN_BRANCH": self.IN_BRANCH,
+        }
 
     def num_splits(self, max_length: int) -> int:
         """Splits of a row of ``max_length`` keys, as `mla.kernels.tiles.split_size` counts them."""
@@ -97,18 +170,6 @@ class DecodePlan(NamedTuple):
     def batch_rows(self, num_splits: int, num_rows: int, C: int) -> int:
         """Batch rows of one launch whose partial results fit into `WORKSPACE_BYTES`."""
         return max(1, WORKSPACE_BYTES // (4 * num_splits * num_rows * C))
-
-
-class Storage(NamedTuple):
-    """A view's rows as the three kinds of elements that a kernel reads from them."""
-
-    values: Tensor
-    scales: Tensor
-    rope: Tensor
-    scales_at: int  # in elements of scales
-    rope_at: int  # in elements of rope
-    rope_scale_idx: int
-    rope_bits: int
 
 
 def is_interpreting() -> bool:
@@ -142,7 +203,8 @@ def _architecture(index: int) -> str:
         name: str = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
     else:
         capability = torch.cuda.get_device_capability(index)
-        name = _CUDA.get(capability, "sm120" if capability[0] == 12 else f"sm{capability}")
+        major, minor = capability
+        name = _CUDA.get(capability, "sm120" if major == 12 else f"sm{major}{minor}")
     if name not in DECODE:
         raise UnsupportedError(
             f"impl='triton': device has architecture {name}, expected one of "
@@ -156,47 +218,91 @@ def decode_plan(
     architecture: str, num_rows: int, C: int, R: int, dtype: torch.dtype, codec: Codec
 ) -> DecodePlan:
     """Constants for ``num_rows`` rows of queries x heads over rows of C + R numbers."""
-    row = next(row for row in DECODE[architecture] if num_rows <= row.most_rows)
-    if isinstance(codec, PlainCodec):
-        W = min(128, max(16, triton.next_power_of_2(C)))
-        T = triton.cdiv(C, W)
-    else:
-        W = codec.group
-        T = triton.cdiv(C, W)
+    table = DECODE[architecture]
+    operands: Operands = "plain" if isinstance(codec, PlainCodec) else "coded"
+    rows = table.get("float32" if dtype == torch.float32 else operands, table["plain"])
+    row = next(row for row in rows if num_rows <= row.most_rows and row.most_columns >= C)
+    W = min(row.W, max(16, triton.next_power_of_2(C)))
+    W = W if isinstance(codec, PlainCodec) else codec.group
     BLOCK_S, stages = row.BLOCK_S, row.num_stages
-    width = T * W + max(16, triton.next_power_of_2(R))
-    # Compile reports: stages - 1 buffers of keys and one of queries lie in shared memory.
-    buffers = max(1, stages - 1)
-    row_bytes = width * dtype.itemsize
-    while (buffers * BLOCK_S + row.BLOCK_H) * row_bytes > SHARED_LIMIT[architecture]:
-        if BLOCK_S == 16:
+    plan = DecodePlan(
+        row.BLOCK_H, BLOCK_S, row.num_warps, stages, row.SPLIT_KEYS, row.IN_BRANCH, W,
+        triton.cdiv(C, W),
+    )  # fmt: skip
+    # Rows wider than those that the table was made for: fetch less ahead, then fewer keys.
+    while shared_bytes(architecture, plan, R, dtype, codec) > SHARED_LIMIT[architecture]:
+        if plan.num_stages > 2:
+            plan = plan._replace(num_stages=plan.num_stages - 1)
+        elif plan.BLOCK_S > 16:
+            plan = plan._replace(BLOCK_S=plan.BLOCK_S // 2)
+        else:
             break
-        BLOCK_S //= 2  # rows wider than those of the table
-    return DecodePlan(
-        row.BLOCK_H,
-        BLOCK_S,
-        row.num_warps,
-        stages,
-        row.SPLIT_KEYS,
-        W,
-        T,
-        KINDS[codec.kind],
-    )
+    return plan
 
 
-def row_storage(view: CacheView) -> Storage:
-    """The rows of ``view`` as values, scales and rope elements; nothing is copied."""
-    rows, codec = view.rows, view.codec
+def shared_bytes(
+    architecture: str, plan: DecodePlan, R: int, dtype: torch.dtype, codec: Codec
+) -> int:
+    """Shared memory that the decode kernel takes at most, as compile reports show it."""
+    columns, block_r = plan.T * plan.W, max(16, triton.next_power_of_2(R))
+    size = dtype.itemsize
+    is_nvidia = architecture.startswith("sm")
+    rope_bytes = plan.BLOCK_S * block_r * size
+    # Operands that wgmma and tcgen05 read in shared memory have one buffer more.
+    extra = int(architecture in ("sm90", "sm100") and plan.BLOCK_H >= 64)
+    buffers = plan.num_stages - 1
+    queries = plan.BLOCK_H * (columns + block_r) * size if is_nvidia else 0
+    weights = plan.BLOCK_H * plan.BLOCK_S * size
+    scratch = 64 + 4096 * (not is_nvidia)
     if isinstance(codec, PlainCodec):
-        return Storage(rows, rows, rows, 0, view.C, 0, 16)
-    at = codec.sections(view.C, view.R)
-    rope_dtype = torch.uint8 if codec.rope_bits == 8 else torch.bfloat16
-    return Storage(
-        rows,
-        rows.view(codec.scale_dtype),
-        rows.view(rope_dtype),
-        at.scales_at // codec.scale_dtype.itemsize,
-        at.rope_at // rope_dtype.itemsize,
-        at.num_groups,
-        codec.rope_bits,
-    )
+        keys = (buffers + extra) * (plan.BLOCK_S * columns * size + rope_bytes)
+    else:
+        coded = plan.BLOCK_S * (columns * codec.value_bits // 8 + 4 * (plan.T + 1))
+        keys = buffers * coded + (buffers + extra) * rope_bytes + plan.BLOCK_S * columns * size
+    return queries + weights + keys + scratch
+
+
+def row_constants(codec: Codec, C: int, R: int) -> dict[str, int]:
+    """Where the parts of a row lie, as constants of a kernel, in elements of the rows' storage."""
+    if isinstance(codec, PlainCodec):
+        return {"KIND": 0, "SCALES_AT": 0, "ROPE_AT": C, "SCALE_BITS": 0, "ROPE_BITS": 16}
+    at = codec.sections(C, R)
+    return {
+        "KIND": KINDS[codec.kind],
+        "SCALES_AT": at.scales_at,
+        "ROPE_AT": at.rope_at,
+        "SCALE_BITS": 8 * codec.scale_dtype.itemsize,
+        "ROPE_BITS": codec.rope_bits,
+    }
+
+
+def append_constants(codec: Codec, C: int, R: int) -> dict[str, int]:
+    """Sizes of the append kernel that the codec decides."""
+    group = 1 if isinstance(codec, PlainCodec) else codec.group
+    return {
+        "C": C,
+        "R": R,
+        "GROUP": group,
+        "HADAMARD": math.gcd(C, 128) if codec.rotation else 1,
+        "BLOCK_C": max(triton.next_power_of_2(C), group, 2),
+        "BLOCK_K": triton.next_power_of_2(max(1, (R + 1) // 2)),
+    }
+
+
+def append_warps(C: int) -> int:
+    """One warp for 512 columns: all tokens of a step are in flight at once, sums stay in a warp."""
+    return min(4, max(1, triton.next_power_of_2(C) // 512))
+
+
+def page_size(view: CacheView) -> int:
+    """Positions in one page; 0 for the dense layout, whose capacity is no constant of a kernel."""
+    return 0 if view.page_table is None else view.rows.shape[1]
+
+
+def view_constants(view: CacheView) -> dict[str, int]:
+    """`row_constants` and the layout of ``view``."""
+    return {
+        **row_constants(view.codec, view.C, view.R),
+        "Z": page_size(view),
+        "SHARDS": view.shard[1],
+    }

@@ -14,6 +14,8 @@ from mla.kernels import launch
 from mla.kernels.tiles import local_count, split_size
 from mla.view import CacheView
 
+BLOCK_LSE, BLOCK_X = 128, 32  # parts read at once: loads of one step overlap, steps wait
+
 
 @triton.jit
 def merge_kernel(
@@ -25,13 +27,14 @@ def merge_kernel(
     num_splits,  # X of the workspace
     num_rows,  # Y
     shard_index,
-    Z,
     C: tl.constexpr,
+    Z: tl.constexpr,  # positions in one page
     ALL_PARTS: tl.constexpr,  # every part counts; otherwise those that the length gives
     SHARDS: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    BLOCK_LSE: tl.constexpr,  # parts of one step: constants, as sums depend on them
     BLOCK_X: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -44,24 +47,28 @@ def merge_kernel(
         count = (length + size - 1) // size
         if count <= 1:
             return  # decode wrote the result itself
-    x = tl.arange(0, BLOCK_X)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-
-    place_X = (b * num_splits + x) * num_rows + y
-    lse_X = tl.load(lse_part_ptr + place_X, mask=x < count, other=float("-inf"))
-    top = tl.max(lse_X, axis=0)
+    top = float("-inf")
+    for begin in range(0, count, BLOCK_LSE):
+        x = begin + tl.arange(0, BLOCK_LSE)
+        place_X = (b * num_splits + x) * num_rows + y
+        lse_X = tl.load(lse_part_ptr + place_X, mask=x < count, other=float("-inf"))
+        top = tl.maximum(top, tl.max(lse_X, axis=0))
     top = tl.where(top == float("-inf"), 0.0, top)  # every split empty: avoid inf - inf
-    weight_X = tl.exp(lse_X - top)
-    total = tl.sum(weight_X, axis=0)
-    safe_total = tl.where(total == 0.0, 1.0, total)
 
-    # Skip empty splits instead of weighting them by 0: their memory may hold NaN.
+    total = 0.0
     out_C = tl.zeros([BLOCK_C], dtype=tl.float32)
-    for i in range(count):
-        place = (b * num_splits + i) * num_rows + y
-        weight = tl.exp(tl.load(lse_part_ptr + place) - top)
-        mask = tl.where(c < C, weight, 0.0) > 0.0
-        out_C += weight * tl.load(part_ptr + place * C + c, mask=mask, other=0.0)
+    for begin in range(0, count, BLOCK_X):
+        x = begin + tl.arange(0, BLOCK_X)
+        place_X = (b * num_splits + x) * num_rows + y
+        lse_X = tl.load(lse_part_ptr + place_X, mask=x < count, other=float("-inf"))
+        weight_X = tl.exp(lse_X - top)
+        total += tl.sum(weight_X, axis=0)
+        # Skip empty splits instead of weighting them by 0: their memory may hold NaN.
+        mask = (weight_X > 0.0)[:, None] & (c < C)[None, :]
+        part_XC = tl.load(part_ptr + place_X[:, None] * C + c[None, :], mask=mask, other=0.0)
+        out_C += tl.sum(weight_X[:, None] * part_XC, axis=0)
+    safe_total = tl.where(total == 0.0, 1.0, total)
     out_C = out_C / safe_total
 
     tl.store(out_ptr + (b * num_rows + y) * C + c, out_C, mask=c < C)
@@ -84,10 +91,10 @@ def merge_splits(
     _, X, Y, C = part.shape
     BLOCK_C = min(128, triton.next_power_of_2(C))
     merge_kernel[(Y, triton.cdiv(C, BLOCK_C), out.shape[0])](
-        part, part_lse, lengths, out, lse, X, Y, view.shard[0], view.rows.shape[1],
-        C=C, ALL_PARTS=False, SHARDS=view.shard[1], SPLIT_KEYS=SPLIT_KEYS,
-        MAX_SPLITS=launch.MAX_SPLITS, BLOCK_S=BLOCK_S,
-        BLOCK_X=triton.next_power_of_2(X), BLOCK_C=BLOCK_C,
+        part, part_lse, lengths, out, lse, X, Y, view.shard[0],
+        C=C, Z=launch.page_size(view), ALL_PARTS=False, SHARDS=view.shard[1],
+        SPLIT_KEYS=SPLIT_KEYS, MAX_SPLITS=launch.MAX_SPLITS, BLOCK_S=BLOCK_S,
+        BLOCK_LSE=BLOCK_LSE, BLOCK_X=BLOCK_X, BLOCK_C=BLOCK_C,
     )  # fmt: skip
 
 
@@ -99,8 +106,8 @@ def merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     X, Y, C = out.shape[0], merged_lse.numel(), out.shape[-1]
     BLOCK_C = min(128, triton.next_power_of_2(C))
     merge_kernel[(Y, triton.cdiv(C, BLOCK_C), 1)](
-        out.contiguous(), lse.contiguous(), lse, merged, merged_lse, X, Y, 0, 1,
-        C=C, ALL_PARTS=True, SHARDS=1, SPLIT_KEYS=1, MAX_SPLITS=1, BLOCK_S=1,
-        BLOCK_X=triton.next_power_of_2(X), BLOCK_C=BLOCK_C,
+        out.contiguous(), lse.contiguous(), lse, merged, merged_lse, X, Y, 0,
+        C=C, Z=0, ALL_PARTS=True, SHARDS=1, SPLIT_KEYS=1, MAX_SPLITS=1, BLOCK_S=1,
+        BLOCK_LSE=BLOCK_LSE, BLOCK_X=BLOCK_X, BLOCK_C=BLOCK_C,
     )  # fmt: skip
     return merged, merged_lse

@@ -1,8 +1,8 @@
-"""Tiles of cached rows: where they lie, how a codec's values become numbers, how keys are split.
+"""Tiles of cached rows: how a codec's bytes become numbers, and how keys are split.
 
 A latent row is read in tiles of W columns, one dot product each; a tile of coded values is one
-scale group. They are used raw: the group's scale multiplies its part of the scores and, for the
-value product, the probabilities. Scaling the tile instead spills registers on every target.
+scale group. Coded values are loaded in pairs and joined once they are numbers: without the join the
+compiler repeats the conversion for keys and for values, and no longer loads ahead.
 
 Dims: S keys of one tile, W columns of one tile, T tiles of a row, C latent width, Z positions in
 one page. Source: layouts of mla.codec; oracle mla.reference.decode_row.
@@ -18,44 +18,93 @@ INT4 = tl.constexpr(3)
 
 
 @triton.jit
+def load_scale(
+    row_S,  # [S] pointers to the bytes of the rows
+    is_stored_S,  # [S]
+    g: tl.constexpr,  # which scale
+    SCALES_AT: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+):
+    """Scale ``g`` of each row, ``[S]`` float32; 0 where no key is stored."""
+    if SCALE_BITS == 32:
+        scale_S = (row_S + SCALES_AT).to(tl.pointer_type(tl.float32), bitcast=True) + g
+        return tl.load(scale_S, mask=is_stored_S, other=0.0)
+    else:
+        # Two at a time: nothing below 4 bytes is loaded ahead of its use.
+        word_S = (row_S + SCALES_AT).to(tl.pointer_type(tl.uint32), bitcast=True) + g // 2
+        word = tl.load(word_S, mask=is_stored_S, other=0)
+        half = (word >> (16 * (g % 2))).to(tl.uint16)
+        return half.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def load_tile(
-    values_ptr,  # rows as elements (plain) or bytes
-    offset_S,  # [S] int64, begin of each row in elements of values_ptr
+    row_S,  # [S] pointers to the rows: elements (plain) or bytes
     is_stored_S,  # [S]
     t: tl.constexpr,
     C: tl.constexpr,
     W: tl.constexpr,
     KIND: tl.constexpr,
+    SCALES_AT: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """Raw values of tile ``t``, ``[S, W]`` of ``dtype``; 0 where no key is stored."""
-    if KIND == INT4:
-        # Byte j of the row holds columns 2j and 2j + 1. A masked byte would mean -8 and -8, which
-        # is harmless: scale and probability of the key are 0.
-        j = t * (W // 2) + tl.arange(0, W // 2)
-        mask = is_stored_S[:, None] & (2 * j < C)[None, :]
-        byte = tl.load(values_ptr + offset_S[:, None] + j[None, :], mask=mask, other=0)
-        low = (byte & 15).to(tl.int8) - 8
-        high = (byte >> 4).to(tl.int8) - 8
-        return tl.reshape(tl.join(low, high), [offset_S.shape[0], W]).to(dtype)
-    else:
+    """Values of tile ``t``, ``[S, W]`` of ``dtype``; 0 where no key is stored."""
+    if KIND == PLAIN:
         column = t * W + tl.arange(0, W)
         mask = is_stored_S[:, None] & (column < C)[None, :]
-        raw = tl.load(values_ptr + offset_S[:, None] + column[None, :], mask=mask, other=0)
-        if KIND == PLAIN:
-            return raw.to(dtype)
-        elif KIND == INT8:
-            return raw.to(tl.int8, bitcast=True).to(dtype)
-        else:
-            return e4m3_to_float(raw).to(dtype)
+        return tl.load(row_S[:, None] + column[None, :], mask=mask, other=0).to(dtype)
+    else:
+        # Pair j of the row holds columns 2j and 2j + 1, in a byte (int4) or in two.
+        pair_S = row_S if KIND == INT4 else row_S.to(tl.pointer_type(tl.uint16), bitcast=True)
+        j = t * (W // 2) + tl.arange(0, W // 2)
+        mask = is_stored_S[:, None] & (j < (C + 1) // 2)[None, :]
+        pair = tl.load(pair_S[:, None] + j[None, :], mask=mask, other=0).to(tl.int32)
+        scale_S1 = load_scale(row_S, is_stored_S, t, SCALES_AT, SCALE_BITS)[:, None]
+        bits: tl.constexpr = 4 if KIND == INT4 else 8
+        low = code_to_float(pair & (2**bits - 1), KIND) * scale_S1
+        high = code_to_float(pair >> bits, KIND) * scale_S1
+        return tl.reshape(tl.join(low.to(dtype), high.to(dtype)), [row_S.shape[0], W])
 
 
 @triton.jit
-def e4m3_to_float(byte):
-    """e4m3 bytes as float32, exact for all finite codes; sm80 cannot load the type itself."""
-    wide = byte.to(tl.int32)
-    bits = ((wide & 0x80) << 24) | ((wide & 0x7F) << 20)
-    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+def load_rope(
+    row_S,
+    is_stored_S,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    KIND: tl.constexpr,
+    ROPE_AT: tl.constexpr,
+    ROPE_BITS: tl.constexpr,
+    SCALES_AT: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    scale_idx: tl.constexpr,  # of 8-bit values
+    dtype: tl.constexpr,
+):
+    """Rotated keys, ``[S, BLOCK_R]`` of ``dtype``; 0 where no key is stored."""
+    r = tl.arange(0, BLOCK_R)
+    mask = is_stored_S[:, None] & (r < R)[None, :]
+    rope_S = row_S + ROPE_AT
+    if ROPE_BITS == 8:
+        code = tl.load(rope_S[:, None] + r[None, :], mask=mask, other=0).to(tl.int8, bitcast=True)
+        scale_S = load_scale(row_S, is_stored_S, scale_idx, SCALES_AT, SCALE_BITS)
+        return (code.to(tl.float32) * scale_S[:, None]).to(dtype)
+    else:
+        if KIND != PLAIN:
+            rope_S = rope_S.to(tl.pointer_type(tl.bfloat16), bitcast=True)
+        return tl.load(rope_S[:, None] + r[None, :], mask=mask, other=0).to(dtype)
+
+
+@triton.jit
+def code_to_float(code, KIND: tl.constexpr):
+    """int32 codes as float32, exact for all finite ones; sm80 cannot load e4m3 itself."""
+    if KIND == INT4:
+        return (code - 8).to(tl.float32)
+    elif KIND == INT8:
+        return ((code << 24) >> 24).to(tl.float32)
+    else:
+        bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
+        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
 
 
 @triton.jit
@@ -66,7 +115,7 @@ def split_size(length, SPLIT_KEYS: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK
 
 
 @triton.jit
-def local_count(position, index, COUNT: tl.constexpr, Z):
+def local_count(position, index, COUNT: tl.constexpr, Z: tl.constexpr):
     """How many positions below ``position`` shard ``index`` of ``COUNT`` holds."""
     position = tl.maximum(position, 0)
     if COUNT == 1:

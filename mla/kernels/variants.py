@@ -1,10 +1,10 @@
 """Every (kernel, sizes, dtype, codec, target) that is promised, compiled without a GPU.
 
 `compile_variant` runs Triton's compiler and the assembler for one target on any machine and
-reports shared memory, registers, spilled bytes and the kind of matrix instruction. ``python -m mla
-compile`` prints the table; a test holds every row against the target's limit and recorded spills.
+reports memory, registers, spilled bytes and the kind of matrix instruction. ``python -m mla
+compile`` prints the table; a test holds every row against the target's limits and recorded spills.
 
-Dims: H heads, L queries, C latent width, R rotated width.
+Dims: H heads, L queries, C latent width, R rotated width, Z positions in one page.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ from mla.codec import Codec, Fp8Codec, Int4Codec, Int8Codec, PlainCodec
 from mla.kernels import launch
 from mla.kernels.append import append_kernel
 from mla.kernels.decode import decode_kernel
-from mla.kernels.merge import merge_kernel
+from mla.kernels.merge import BLOCK_LSE, BLOCK_X, merge_kernel
+from mla.kernels.prefill_variants import PREFILL_VARIANTS
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -37,8 +38,12 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
+TENSOR_MEMORY = 512  # columns of sm100; a kernel that needs more compiles to nothing
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _CODECS: tuple[Codec, ...] = (PlainCodec(), Fp8Codec(), Int8Codec(), Int4Codec())
+
+# Bytes that are spilled, at most over Triton 3.6.0, 3.7.1 and 3.9.0, and why.
+SPILLS: dict[tuple[str, str], tuple[int, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Variant:
     name: str
     kernel: Any
     architecture: str
-    signature: dict[str, str]  # dtypes of the arguments that are no constants
+    signature: dict[str, str]  # types of the arguments that are no constants
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
@@ -57,8 +62,9 @@ class Variant:
     mma: str | None = None  # required matrix instruction
 
     @property
-    def target(self) -> GPUTarget:
-        return TARGETS[self.architecture]
+    def family(self) -> str:
+        """decode, append, merge, prefill or expand."""
+        return self.name.partition(" ")[0]
 
 
 class Report(NamedTuple):
@@ -66,9 +72,23 @@ class Report(NamedTuple):
 
     shared: int
     shared_limit: int
+    tensor_memory: int  # columns
     registers: int
     spill_bytes: int
     mma: str
+
+    def complaints(self, variant: Variant) -> list[str]:
+        """What does not keep the promise."""
+        found = []
+        if self.shared > self.shared_limit:
+            found.append(f"{self.shared} bytes of shared memory, limit {self.shared_limit}")
+        if self.tensor_memory > TENSOR_MEMORY:
+            found.append(f"{self.tensor_memory} columns of tensor memory, limit {TENSOR_MEMORY}")
+        if self.spill_bytes > variant.spill_bytes:
+            found.append(f"{self.spill_bytes} bytes spilled, recorded {variant.spill_bytes}")
+        if variant.mma is not None and self.mma != variant.mma:
+            found.append(f"matrix instruction {self.mma}, promised {variant.mma}")
+        return found
 
 
 def compile_variant(variant: Variant) -> Report:
@@ -90,23 +110,25 @@ def compile_variant(variant: Variant) -> Report:
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(variant.kernel, signature, constants, aligned)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    compiled = triton.compile(source, target=variant.target, options=options)
+    target = TARGETS[variant.architecture]
+    compiled = triton.compile(source, target=target, options=options)
     limit = launch.SHARED_LIMIT[variant.architecture]
     shared = compiled.metadata.shared
-    if variant.target.backend == "cuda":
-        registers, spills = _assemble(compiled.asm["ptx"], compiled.asm.get("cubin"), variant)
-        return Report(shared, limit, registers, spills, _mma_of(compiled.asm["ptx"]))
+    if target.backend == "cuda":
+        registers, spills = _assemble(compiled.asm["ptx"], variant)
+        columns = getattr(compiled.metadata, "tmem_size", None) or 0
+        return Report(shared, limit, columns, registers, spills, _mma_of(compiled.asm["ptx"]))
     text = compiled.asm["amdgcn"]
     registers = _amd_count(text, "vgpr_count")
-    spills = 4 * _amd_count(text, "vgpr_spill_count")
-    return Report(shared, limit, registers, spills, "mfma" if "v_mfma" in text else "-")
+    spills = _amd_count(text, "private_segment_fixed_size")
+    return Report(shared, limit, 0, registers, spills, "mfma" if "v_mfma" in text else "-")
 
 
-def _assemble(ptx: str, cubin: bytes | None, variant: Variant) -> tuple[int, int]:
+def _assemble(ptx: str, variant: Variant) -> tuple[int, int]:
     """Registers and spilled bytes that ptxas reports."""
     from triton.backends.nvidia.compiler import get_ptxas
 
-    capability = variant.target.arch
+    capability = TARGETS[variant.architecture].arch
     suffix = "a" if capability >= 90 else ""
     try:
         ptxas = get_ptxas(capability).path
@@ -137,124 +159,146 @@ def _amd_count(text: str, name: str) -> int:
 
 def variants() -> Iterator[Variant]:
     """The promised list."""
+    bf16, plain = torch.bfloat16, PlainCodec()
     for architecture in TARGETS:
         for codec in _CODECS:
-            for H in (16, 128):
-                yield _decode(architecture, codec, H, 512, 64, torch.bfloat16)
-            yield _append(architecture, codec, 512, 64, torch.bfloat16)
-        yield _decode(architecture, PlainCodec(), 32, 256, 64, torch.float16)
-        yield _decode(architecture, PlainCodec(), 40, 256, 32, torch.bfloat16)
-        yield _decode(architecture, PlainCodec(), 16, 512, 64, torch.float32)
-        yield _merge(architecture, torch.bfloat16)
+            yield _decode(architecture, codec, 16, 512, 64, bf16)
+            yield _decode(architecture, codec, 128, 512, 64, bf16)
+            yield _append(architecture, codec, 512, 64, bf16)
+        yield _decode(architecture, plain, 20, 512, 64, bf16)
+        yield _decode(architecture, plain, 32, 256, 64, torch.float16)
+        yield _decode(architecture, plain, 40, 256, 32, bf16)
+        yield _decode(architecture, plain, 16, 512, 64, torch.float32)
+        yield _decode(architecture, plain, 16, 512, 64, bf16, Z=0)
+        yield _decode(architecture, plain, 16, 512, 64, bf16, Z=1)
+        yield _decode(architecture, plain, 128, 512, 64, bf16, Z=16)
+        yield _decode(architecture, plain, 16, 512, 64, bf16, L=4)
+        yield _decode(architecture, Int8Codec(rope_bits=8), 16, 512, 64, bf16)
+        yield _decode(architecture, Int4Codec(rope_bits=8), 16, 512, 64, bf16)
+        yield _append(architecture, Int4Codec(rope_bits=8), 512, 64, bf16)
+        yield _merge(architecture, bf16)
+    for prefill in PREFILL_VARIANTS:
+        yield Variant(*(getattr(prefill, field.name) for field in fields(Variant)))
 
 
-def _view_signature(codec: Codec, dtype: torch.dtype) -> dict[str, str]:
-    """Pointers to rows of this codec."""
-    if isinstance(codec, PlainCodec):
-        return dict.fromkeys(("values_ptr", "scales_ptr", "rope_ptr"), _POINTERS[dtype])
-    scales = "*fp16" if codec.scale_dtype == torch.float16 else "*fp32"
-    rope = "*u8" if codec.rope_bits == 8 else "*bf16"
-    return {"values_ptr": "*u8", "scales_ptr": scales, "rope_ptr": rope}
+def _named(
+    name: str,
+    kernel: Any,
+    architecture: str,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int = 1,
+    mma: str | None = None,
+) -> Variant:
+    """A variant with its recorded spills; arguments of no given type are int32."""
+    signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
+    spill_bytes, reason = SPILLS.get((architecture, name), (0, ""))
+    return Variant(
+        name, kernel, architecture, signature, constants, num_warps, num_stages,
+        spill_bytes, reason, mma,
+    )  # fmt: skip
 
 
-def _view_constants(codec: Codec, dtype: torch.dtype) -> dict[str, Any]:
-    plain = isinstance(codec, PlainCodec)
-    return {
-        "KIND": launch.KINDS[codec.kind],
-        "ROPE_BITS": 16 if isinstance(codec, PlainCodec) else codec.rope_bits,
-        "VALUE_BYTES": dtype.itemsize if plain else 1,
-        "SCALE_BYTES": dtype.itemsize
-        if isinstance(codec, PlainCodec)
-        else codec.scale_dtype.itemsize,
-        "ROPE_BYTES": dtype.itemsize if plain else 2,
-        "IS_PAGED": True,
-        "SHARDS": 1,
-    }
+def _rows_pointer(codec: Codec, dtype: torch.dtype) -> str:
+    return _POINTERS[dtype] if isinstance(codec, PlainCodec) else "*u8"
 
 
-def _decode(architecture: str, codec: Codec, H: int, C: int, R: int, dtype: torch.dtype) -> Variant:
-    plan = launch.decode_plan(architecture, H, C, R, dtype, codec)
-    name = f"decode {codec.kind} {str(dtype)[6:]} H={H} C={C} R={R} {plan.BLOCK_H}x{plan.BLOCK_S}"
-    integers = ("scales_at", "rope_at", "rope_scale_idx", "Z", "M", "shard_index", "num_splits")
-    signature = {
-        "q_latent_ptr": _POINTERS[dtype],
-        "q_rope_ptr": _POINTERS[dtype],
-        **_view_signature(codec, dtype),
-        **dict.fromkeys(("table_ptr", "lengths_ptr", "starts_ptr", "query_lengths_ptr"), "*i32"),
-        "out_ptr": _POINTERS[dtype],
+def _words(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _codec_words(codec: Codec) -> str:
+    is_small = not isinstance(codec, PlainCodec) and codec.rope_bits == 8
+    return f"{codec.kind}+rope8" if is_small else codec.kind
+
+
+def _decode(
+    architecture: str,
+    codec: Codec,
+    H: int,
+    C: int,
+    R: int,
+    dtype: torch.dtype,
+    *,
+    Z: int = 64,
+    L: int = 1,
+) -> Variant:
+    """Pages of ``Z`` keys, 0 for the dense layout; with L > 1 ragged queries and left padding."""
+    plan = launch.decode_plan(architecture, L * H, C, R, dtype, codec)
+    is_ragged = L > 1
+    layout = "" if Z == 64 else " dense" if Z == 0 else f" Z={Z}"
+    name = (
+        f"decode {_codec_words(codec)} {_words(dtype)} H={H} C={C} R={R}{layout}"
+        f"{f' L={L}' if is_ragged else ''} {plan.BLOCK_H}x{plan.BLOCK_S}"
+    )
+    int32 = ("table_ptr", "lengths_ptr", "starts_ptr", "query_lengths_ptr")
+    types = {
+        **dict.fromkeys(("q_latent_ptr", "q_rope_ptr", "out_ptr"), _POINTERS[dtype]),
+        "rows_ptr": _rows_pointer(codec, dtype),
+        **dict.fromkeys(int32, "*i32"),
         **dict.fromkeys(("lse_ptr", "part_ptr", "part_lse_ptr"), "*fp32"),
         "scale": "fp32",
-        **dict.fromkeys((*integers, "page_stride", "slot_stride"), "i32"),
     }
     constants = {
-        **_view_constants(codec, dtype),
-        "L": 1,
+        **launch.row_constants(codec, C, R),
+        **({} if is_ragged else {"L": 1}),
+        "Z": Z,
+        "SHARDS": 1,
         "H": H,
         "C": C,
         "R": R,
-        "W": plan.W,
-        "T": plan.T,
-        "HAS_STARTS": False,
-        "HAS_QUERY_LENGTHS": False,
-        "SPLIT_KEYS": plan.SPLIT_KEYS,
-        "MAX_SPLITS": launch.MAX_SPLITS,
-        "BLOCK_H": plan.BLOCK_H,
-        "BLOCK_S": plan.BLOCK_S,
-        "BLOCK_R": max(16, triton.next_power_of_2(R)),
+        "HAS_STARTS": is_ragged,
+        "HAS_QUERY_LENGTHS": is_ragged,
+        **plan.constants(R),
         "UPCAST": False,
     }
-    return Variant(
-        name, decode_kernel, architecture, signature, constants, plan.num_warps, plan.num_stages
+    mma = launch.DECODE_MMA.get((architecture, plan.BLOCK_H))
+    return _named(
+        name, decode_kernel, architecture, types, constants, plan.num_warps, plan.num_stages, mma
     )
 
 
 def _append(architecture: str, codec: Codec, C: int, R: int, dtype: torch.dtype) -> Variant:
     pointers = ("latent_ptr", "k_rope_ptr", "norm_ptr", "cos_ptr", "sin_ptr")
-    strides = [f"{name}_stride_{dim}" for name in ("latent", "rope", "cos") for dim in ("b", "l")]
-    integers = ("scales_at", "rope_at", "rope_scale_idx", "Z", "M", "shard_index", "L")
-    signature = {
-        **dict.fromkeys(pointers, _POINTERS[dtype]),
-        **dict.fromkeys(("fresh_latent_ptr", "fresh_rope_ptr"), _POINTERS[dtype]),
-        **_view_signature(codec, dtype),
+    types = {
+        **dict.fromkeys((*pointers, "fresh_latent_ptr", "fresh_rope_ptr"), _POINTERS[dtype]),
+        "rows_ptr": _rows_pointer(codec, dtype),
         **dict.fromkeys(("table_ptr", "lengths_ptr", "new_lengths_ptr"), "*i32"),
-        **dict.fromkeys((*strides, *integers, "page_stride", "slot_stride"), "i32"),
         **dict.fromkeys(("eps", "latent_scale", "rotation_scale"), "fp32"),
     }
-    group = 1 if isinstance(codec, PlainCodec) else codec.group
     constants = {
-        **_view_constants(codec, dtype),
-        "C": C,
-        "R": R,
-        "GROUP": group,
-        "HADAMARD": 128 if codec.rotation else 1,
+        **launch.row_constants(codec, C, R),
+        **launch.append_constants(codec, C, R),
+        "Z": 64,
+        "SHARDS": 1,
         "HAS_NORM": True,
         "PAIRING": 1,
         "IS_FUSED": True,
         "HAS_NEW_LENGTHS": True,
-        "BLOCK_C": max(triton.next_power_of_2(C), group),
-        "BLOCK_K": triton.next_power_of_2(R // 2),
         "ROUND_BF16": False,
     }
-    name = f"append {codec.kind} {str(dtype)[6:]} C={C} R={R}"
-    return Variant(name, append_kernel, architecture, signature, constants, 4, 2)
+    name = f"append {_codec_words(codec)} {_words(dtype)} C={C} R={R}"
+    return _named(name, append_kernel, architecture, types, constants, launch.append_warps(C))
 
 
 def _merge(architecture: str, dtype: torch.dtype) -> Variant:
     plan = launch.decode_plan(architecture, 16, 512, 64, dtype, PlainCodec())
-    signature = {
+    types = {
         **dict.fromkeys(("part_ptr", "lse_part_ptr", "lse_ptr"), "*fp32"),
         "lengths_ptr": "*i32",
         "out_ptr": _POINTERS[dtype],
-        **dict.fromkeys(("num_splits", "num_rows", "shard_index", "Z"), "i32"),
     }
     constants = {
         "C": 512,
+        "Z": 64,
         "ALL_PARTS": False,
         "SHARDS": 1,
         "SPLIT_KEYS": plan.SPLIT_KEYS,
         "MAX_SPLITS": launch.MAX_SPLITS,
         "BLOCK_S": plan.BLOCK_S,
-        "BLOCK_X": 128,
+        "BLOCK_LSE": BLOCK_LSE,
+        "BLOCK_X": BLOCK_X,
         "BLOCK_C": 128,
     }
-    return Variant("merge", merge_kernel, architecture, signature, constants, 4, 2)
+    return _named(f"merge {_words(dtype)} C=512", merge_kernel, architecture, types, constants, 4)
