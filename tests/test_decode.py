@@ -283,21 +283,23 @@ def test_out_dtype(dtype, out_dtype):
     torch.testing.assert_close(cast.out.double(), out.double(), rtol=2 * bound, atol=1e-30)
 
 
-def test_float16_does_not_overflow_over_many_equal_keys():
+@pytest.mark.parametrize("impl", able(torch.float16))
+def test_float16_does_not_overflow_over_many_equal_keys(impl):
     """2000 weights of 1 times 40 is beyond float16; normalised weights are not."""
     latent = torch.full((2, 2000, 16), 40.0, dtype=F64)
     view = make_view(latent, latent[..., :4] * 0, [2000, 2000], dtype=torch.float16)
     q = [torch.zeros(2, 1, 3, width, dtype=torch.float16) for width in (16, 4)]
-    out = mla_decode(*q, view, scale=1.0).out
+    out = mla_decode(*q, view, scale=1.0, impl=impl).out
     torch.testing.assert_close(out, torch.full_like(out, 40.0), rtol=2e-3, atol=0)
 
 
-def test_autocast_does_not_reach_into_the_op():
+@pytest.mark.parametrize("impl", able(torch.float32))
+def test_autocast_does_not_reach_into_the_op(impl):
     view = make_view(*(randn(2, 9, w, seed=w, dtype=F64) for w in (24, 6)), [9, 4])
     q = [randn(2, 1, 3, w, seed=w) for w in (24, 6)]
-    plain = mla_decode(*q, view, scale=0.2)
+    plain = mla_decode(*q, view, scale=0.2, impl=impl)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = mla_decode(*q, view, scale=0.2)
+        inside = mla_decode(*q, view, scale=0.2, impl=impl)
     assert torch.equal(plain.out, inside.out) and torch.equal(plain.lse, inside.lse)
 
 

@@ -23,7 +23,8 @@ LONG = st.sampled_from([(40,), (70,), (64, 64), (33, 33, 50)])
 
 
 def run(case: DecodeCase, view: CacheView) -> tuple[torch.Tensor, torch.Tensor]:
-    return mla_decode(*case.queries(), view, scale=case.scale, query_lengths=case.counts())
+    options = {"scale": case.scale, "query_lengths": case.counts()}
+    return mla_decode(*case.queries(), view, **options, impl="torch")
 
 
 @given(
