@@ -3,7 +3,7 @@
     angle_LR = position_L * inv_freq_R          R/2 angles for each position
     (x, y)   -> (x cos - y sin, y cos + x sin)  for each pair, cos and sin times rope.amplitude
 
-Dims: L positions, R rotated width. Oracle: mla.reference.rope.
+Dims: L positions, R rotated width. Oracle: mla.reference.rotate.
 Source: RoFormer, arXiv:2104.09864; YaRN, arXiv:2309.00071; LongRoPE, arXiv:2402.13753; the llama3
 ramp and the order of float32 operations as in transformers' ``modeling_rope_utils``, so that angles
 agree bit for bit: at position 10,000 one rounding of a frequency moves an angle by 5e-4.
