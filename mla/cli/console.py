@@ -24,6 +24,7 @@ EXTRA_OF = {
     "transformers": "transformers",
     "safetensors": "transformers",
     "rich": "transformers",
+    "triton": "triton",
     "matplotlib": "bench",
 }
 
