@@ -55,6 +55,13 @@ class ModelConfig:
             rope=ROPE,
         )
 
+    @property
+    def products_per_cached_token(self) -> int:
+        """Multiplications of one layer for each cached token when it decodes one more."""
+        if self.attention == "mla":
+            return self.num_heads * (2 * self.kv_lora_rank + self.rope_dim)
+        return self.num_heads * 2 * self.head_dim
+
 
 class KeyValueCache:
     """Keys and values of all layers in buffers of a fixed length, used as `DenseLatentCache` is."""
