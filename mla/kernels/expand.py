@@ -39,14 +39,19 @@ def expand_kernel(
     first_o = (tl.program_id(0) % num_tiles).to(tl.int64) * BLOCK_O
     t, o, c = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_C)
     is_row_T, is_row_O = first_t + t < T, first_o + o < O
-    latent_TC = latent_ptr + first_t * latent_stride + t[:, None] * latent_stride + c[None, :]
-    weight_OC = weight_ptr + first_o * weight_stride + o[:, None] * weight_stride + c[None, :]
+    latent_ptr += first_t * latent_stride
+    weight_ptr += first_o * weight_stride
+    offset_TC = t[:, None] * latent_stride + c[None, :]
+    offset_OC = o[:, None] * weight_stride + c[None, :]
 
     acc_TO = tl.zeros([BLOCK_T, BLOCK_O], dtype=tl.float32)
     for first_c in tl.range(0, C, BLOCK_C):
-        inside = (first_c + c < C)[None, :]
-        a_TC = tl.load(latent_TC + first_c, mask=is_row_T[:, None] & inside, other=0.0)
-        b_OC = tl.load(weight_OC + first_c, mask=is_row_O[:, None] & inside, other=0.0)
+        is_latent_TC, is_weight_OC = is_row_T[:, None], is_row_O[:, None]
+        if C % BLOCK_C:
+            inside = (first_c + c < C)[None, :]
+            is_latent_TC, is_weight_OC = is_latent_TC & inside, is_weight_OC & inside
+        a_TC = tl.load(latent_ptr + first_c + offset_TC, mask=is_latent_TC, other=0.0)
+        b_OC = tl.load(weight_ptr + first_c + offset_OC, mask=is_weight_OC, other=0.0)
         acc_TO = tl.dot(a_TC.to(dot_dtype), b_OC.to(dot_dtype).T, acc_TO, input_precision="ieee")
 
     place = kv_ptr + first_t * O + first_o + t[:, None] * O + o[None, :]

@@ -60,7 +60,8 @@ PREFILL: dict[tuple[str, Kernel], tuple[PrefillRow, ...]] = {
         WIDE,
     ),
     ("sm86", "forward"): (
-        PrefillRow(320, 128, 64, 8, 2, "90 of 99 KB: one buffer ahead"),
+        PrefillRow(256, 128, 64, 8, 2, "66 of 99 KB"),
+        PrefillRow(320, 128, 32, 8, 3, "90 of 99 KB; 64 keys spill up to 40 bytes"),
         PrefillRow(512, 64, 32, 8, 2, "wider tiles do not fit"),
         WIDE,
     ),
@@ -73,7 +74,7 @@ PREFILL: dict[tuple[str, Kernel], tuple[PrefillRow, ...]] = {
     ),
     ("sm86", "queries"): (
         PrefillRow(256, 128, 32, 8, 2, "82 of 99 KB"),
-        PrefillRow(320, 64, 32, 8, 2, "128 queries do not fit"),
+        PrefillRow(320, 32, 64, 4, 2, "64 queries spill up to 8 bytes"),
         PrefillRow(512, 32, 32, 4, 2, "wider tiles do not fit"),
         WIDE,
     ),
@@ -92,7 +93,7 @@ PREFILL: dict[tuple[str, Kernel], tuple[PrefillRow, ...]] = {
     ("sm90", "queries"): (
         PrefillRow(160, 128, 128, 8, 3, "as the forward pass"),
         PrefillRow(320, 128, 64, 8, 3, "128 keys spill or do not fit"),
-        PrefillRow(512, 64, 64, 8, 2, "197 KB; 128 queries do not fit"),
+        PrefillRow(512, 64, 32, 8, 3, "164 KB; 64 keys spill up to 52 bytes"),
         WIDE,
     ),
     ("sm100", "forward"): (
@@ -136,7 +137,8 @@ PREFILL: dict[tuple[str, Kernel], tuple[PrefillRow, ...]] = {
     ),
     ("gfx950", "keys"): (
         PrefillRow(160, 64, 64, 4, 1, "two stages spill"),
-        PrefillRow(320, 32, 64, 4, 2, "64 queries spill 40 bytes"),
+        PrefillRow(256, 32, 64, 4, 2, "64 queries spill 40 bytes"),
+        PrefillRow(320, 32, 64, 4, 1, "two stages spill up to 104 bytes"),
         PrefillRow(512, 32, 32, 4, 1, "64 keys spill"),
         WIDE,
     ),
@@ -152,16 +154,6 @@ PREFILL: dict[tuple[str, Kernel], tuple[PrefillRow, ...]] = {
 }
 for _kernel in ("forward", "keys", "queries"):
     PREFILL["sm120", _kernel] = PREFILL["sm86", _kernel]  # the same shared memory and mma.sync
-PREFILL["sm120", "forward"] = (
-    PrefillRow(256, 128, 64, 8, 2, "as on sm86"),
-    PrefillRow(320, 128, 32, 8, 3, "64 keys spill 36 bytes"),
-    *PREFILL["sm86", "forward"][1:],
-)
-PREFILL["sm120", "queries"] = (
-    PrefillRow(256, 128, 32, 8, 2, "as on sm86"),
-    PrefillRow(320, 32, 64, 4, 2, "64 queries spill 4 bytes"),
-    *PREFILL["sm86", "queries"][2:],
-)
 # float32 products take no tensor cores where they must be exact: registers are the limit.
 FLOAT32: dict[Kernel, tuple[PrefillRow, ...]] = {
     "forward": (PrefillRow(320, 16, 32, 8, 1, "32 queries spill 12 to 320 bytes"), WIDE),
@@ -169,11 +161,11 @@ FLOAT32: dict[Kernel, tuple[PrefillRow, ...]] = {
     "queries": (PrefillRow(320, 16, 16, 8, 1, "32 queries spill 4 to 8 bytes"), WIDE),
 }
 EXPAND: dict[str, ExpandRow] = {
-    "sm80": ExpandRow(128, 128, 32, 4, 4),
-    "sm86": ExpandRow(128, 128, 32, 4, 3),
-    "sm90": ExpandRow(128, 256, 64, 8, 4),
+    "sm80": ExpandRow(128, 128, 32, 8, 4),
+    "sm86": ExpandRow(128, 128, 32, 8, 3),
+    "sm90": ExpandRow(128, 128, 64, 8, 3),
     "sm100": ExpandRow(128, 256, 64, 8, 4),
-    "sm120": ExpandRow(128, 128, 32, 4, 3),
+    "sm120": ExpandRow(128, 128, 32, 8, 3),
     "gfx942": ExpandRow(128, 128, 32, 4, 2),
     "gfx950": ExpandRow(128, 128, 64, 4, 2),
     "interpreter": ExpandRow(32, 32, 32, 1, 1),

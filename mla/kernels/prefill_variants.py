@@ -38,12 +38,18 @@ FLOAT32_POINTERS = ("lse_ptr", "log2_lse_ptr", "delta_ptr", "d_rope_ptr", "d_lse
 
 # Bytes that are spilled, at most over Triton 3.6.0, 3.7.1 and 3.9.0, and why.
 SPILLS: dict[tuple[str, Kernel, Widths], tuple[int, str]] = {
+    ("sm80", "keys", (64, 64, 128)): (12, "with Triton 3.9.0 only"),
+    ("sm90", "keys", (128, 64, 128)): (8, "with Triton 3.9.0 only"),
     ("sm90", "keys", (192, 64, 256)): (
         112,
         "64 keys of 512 columns fill the registers; 32 keys would not reach wgmma",
     ),
+    ("sm100", "keys", (64, 64, 128)): (4, "with Triton 3.6.0 only"),
+    ("sm100", "keys", (192, 64, 256)): (12, "with Triton 3.9.0 only"),
+    ("sm100", "queries", (64, 64, 128)): (12, "with Triton 3.6.0 only"),
+    ("gfx942", "keys", (192, 64, 256)): (88, "with Triton 3.6.0 only"),
 }
-FLOAT32_SPILLS = (16, "exact products take no tensor cores; the assembler picks few registers")
+FLOAT32_SPILLS = (32, "exact products take no tensor cores; the assembler picks few registers")
 
 
 @dataclass(frozen=True)
