@@ -7,7 +7,8 @@
 #   make test-oldest  the transformers drop-in on the oldest transformers that is supported
 #   make check      ruff, mypy, layering
 #   make bench      every benchmark, to out/bench
-#   make gpu        the tests that need a CUDA device, in the Python that has it (GPU_PYTHON=python3)
+#   make gpu        tests and benchmarks on a GPU: OUT=DIR COMMIT=SHA PART=all|tests|decode|prefill|
+#                   append|tune, in the Python that sees it (GPU_PYTHON=python3); results in OUT
 #   make mutants    break the code line by line and require the tests to notice
 #   make sanitize   the C++ kernels and their tests under the address and UB sanitizers
 #   make thorough   the tests with many more drawn examples
@@ -19,6 +20,10 @@ GPU_PYTHON ?= python3
 TEST_ARGS ?=
 BENCH_ARGS ?=
 MUTANT_ARGS ?=
+OUT ?= out/gpu
+COMMIT ?=
+PART ?= all
+GPU_ARGS ?=
 WORKERS ?= 2
 
 PY := .venv/bin/python
@@ -84,9 +89,10 @@ bench: data
 	done; echo "bench: passed, $$count benchmarks, results in out/bench"
 
 gpu:
-	@$(GPU_PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
-	    { echo "gpu: failed: $(GPU_PYTHON) has no torch that sees a CUDA device" >&2; exit 1; }
-	@PYTHONPATH=.:tests $(GPU_PYTHON) -m pytest -q -m cuda $(TEST_ARGS)
+	@$(GPU_PYTHON) -c 'import torch, triton, pytest, hypothesis, einops' || \
+	    { echo "gpu: failed: $(GPU_PYTHON) lacks what the line above names" >&2; exit 1; }
+	@$(GPU_PYTHON) -m benchmarks.gpu --out "$(OUT)" --commit "$(COMMIT)" \
+	    --part "$(PART)" $(GPU_ARGS)
 
 mutants: data
 	@$(PY) -m tools.mutants $(MUTANT_ARGS)

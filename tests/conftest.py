@@ -34,6 +34,7 @@ set_hypothesis_home_dir(Path(__file__).parent.parent / ".cache" / "hypothesis")
 COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=20, print_blob=True, **COMMON)
 settings.register_profile("ci", max_examples=20, print_blob=True, derandomize=True, **COMMON)
+settings.register_profile("gpu", max_examples=8, print_blob=True, **COMMON)  # each one compiles
 settings.register_profile("thorough", max_examples=400, print_blob=True, **COMMON)
 settings.load_profile("ci" if IS_CI else "default")
 
