@@ -18,7 +18,7 @@ from mla.__main__ import main
 from mla.cli.compile import ARCHITECTURES, FAMILIES
 from mla.codec import Fp8Codec, Int4Codec, PlainCodec
 from mla.kernels import launch
-from mla.kernels.variants import TARGETS, Report, Variant, compile_variant, variants
+from mla.kernels.variants import SPILLS, TARGETS, Report, Variant, compile_variant, variants
 
 pytestmark = pytest.mark.compiles
 
@@ -116,3 +116,8 @@ def test_the_command_fails_where_a_promise_is_broken(monkeypatch, capsys) -> Non
     document = json.loads(capsys.readouterr().out)
     (row,) = document["variants"]
     assert not document["passed"] and "shared memory, limit 0" in row["complaints"][0]
+
+
+def test_recorded_spills_belong_to_promised_kernels() -> None:
+    promised = {(variant.architecture, variant.name) for variant in VARIANTS}
+    assert set(SPILLS) <= promised
