@@ -238,3 +238,9 @@ def test_bounds_name_what_limits():
     assert {name.split()[0] for name, _ in roofline.cases()} == {
         "decode", "prefill", "backward", "append"
     }  # fmt: skip
+
+
+def test_the_page_shows_what_the_command_prints(capsys):
+    roofline.main()
+    _, _, table = capsys.readouterr().out.partition("\n")
+    assert table in (ROOT / "benchmarks" / "README.md").read_text()
