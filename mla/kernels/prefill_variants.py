@@ -39,6 +39,7 @@ FLOAT32_POINTERS = ("lse_ptr", "log2_lse_ptr", "delta_ptr", "d_rope_ptr", "d_lse
 # Bytes that are spilled, at most over Triton 3.6.0, 3.7.1 and 3.9.0, and why.
 SPILLS: dict[tuple[str, Kernel, Widths], tuple[int, str]] = {
     ("sm80", "keys", (64, 64, 128)): (12, "with Triton 3.9.0 only"),
+    ("sm86", "queries", (128, 64, 128)): (8, "with Triton 3.9.0 only"),
     ("sm90", "keys", (128, 64, 128)): (8, "with Triton 3.9.0 only"),
     ("sm90", "keys", (192, 64, 256)): (
         112,
@@ -49,7 +50,7 @@ SPILLS: dict[tuple[str, Kernel, Widths], tuple[int, str]] = {
     ("sm100", "queries", (64, 64, 128)): (12, "with Triton 3.6.0 only"),
     ("gfx942", "keys", (192, 64, 256)): (88, "with Triton 3.6.0 only"),
 }
-FLOAT32_SPILLS = (32, "exact products take no tensor cores; the assembler picks few registers")
+FLOAT32_SPILLS = (128, "exact products take no tensor cores; the assembler picks few registers")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ def _attention(
 
 def _expand(architecture: str, dtype: torch.dtype) -> PrefillVariant:
     row = expand_row(architecture, dtype)
+    is_float32 = dtype == torch.float32
     constants = {"C": 512, "UPCAST": False}
     constants |= {"BLOCK_T": row.BLOCK_T, "BLOCK_O": row.BLOCK_O, "BLOCK_C": row.BLOCK_C}
     return PrefillVariant(
@@ -127,7 +129,8 @@ def _expand(architecture: str, dtype: torch.dtype) -> PrefillVariant:
         constants,
         row.num_warps,
         row.num_stages,
-        mma=None if dtype == torch.float32 else MMA.get(architecture),
+        *(FLOAT32_SPILLS if is_float32 else (0, "")),
+        None if is_float32 else MMA.get(architecture),
     )
 
 
