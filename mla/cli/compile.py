@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mla.kernels.variants import Report, Variant
 
 ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "sm120", "gfx942", "gfx950")
-FAMILIES = ("decode", "append", "merge", "prefill", "expand")
+FAMILIES = ("decode", "append", "merge", "rotate", "prefill", "expand")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

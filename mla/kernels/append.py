@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mla.config import Pairing
 from mla.kernels import launch
-from mla.kernels.tiles import FP8, INT8, PLAIN
+from mla.kernels.tiles import FP8, INT8, PLAIN, hadamard, nearest
 from mla.view import CacheView
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds a float32 to an integer
@@ -50,29 +50,6 @@ def float_to_e4m3(x):
     tiny = round_even(magnitude.to(tl.float32, bitcast=True) * 512.0).to(tl.int32)
     code = tl.where(magnitude < 0x3C800000, tiny, normal)  # below 2**-6 the spacing is 2**-9
     return (sign | code).to(tl.uint8)
-
-
-@triton.jit
-def nearest(x, ptr, ROUND_BF16: tl.constexpr):
-    """float32 ``x`` on the grid of the dtype behind ``ptr``; the interpreter truncates bfloat16."""
-    if ROUND_BF16 and ptr.dtype.element_ty == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        return bits.to(tl.float32, bitcast=True)
-    else:
-        return x.to(ptr.dtype.element_ty).to(tl.float32)
-
-
-@triton.jit
-def hadamard(x, BLOCK_C: tl.constexpr, SIZE: tl.constexpr):
-    """Blocks of ``SIZE`` numbers of ``x [BLOCK_C]`` times the orthonormal Hadamard matrix."""
-    for i in tl.static_range(7):
-        if (1 << i) < SIZE:
-            pairs = tl.reshape(x, [BLOCK_C // (2 << i), 2, 1 << i])
-            first, second = tl.split(tl.permute(pairs, (0, 2, 1)))
-            pairs = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
-            x = tl.reshape(pairs, [BLOCK_C])
-    return x
 
 
 @triton.jit

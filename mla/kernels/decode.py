@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mla.codec import rotate_latent
 from mla.kernels import launch
 from mla.kernels.merge import merge_splits
+from mla.kernels.rotate import rotate
 from mla.kernels.tiles import load_rope, load_tile, local_count, split_size
 from mla.view import CacheView
 
@@ -209,14 +209,14 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel and the merge. Callers have already checked shapes; see `mla.ops`."""
     B, L, H, C = q_latent.shape
-    if view.codec.rotation:
-        q_latent = rotate_latent(q_latent)
-    q_latent, q_rope = q_latent.contiguous(), q_rope.contiguous()
     kernel_dtype = torch.float32 if view.codec.rotation else out_dtype
     out = torch.empty(B, L, H, C, dtype=kernel_dtype, device=q_latent.device)
     lse = torch.empty(B, L, H, dtype=torch.float32, device=q_latent.device)
     if out.numel() == 0:
         return out.to(out_dtype), lse
+    if view.codec.rotation:
+        q_latent = rotate(q_latent, q_latent.dtype)
+    q_latent, q_rope = q_latent.contiguous(), q_rope.contiguous()
     plan = launch.decode_plan(
         launch.architecture(q_latent.device), L * H, C, view.R, q_latent.dtype, view.codec
     )
@@ -228,7 +228,7 @@ def decode(
     for b0 in range(0, B, rows_at_once):
         rows = slice(b0, b0 + rows_at_once)
         _launch(plan, q_latent, q_rope, view, scale, query_lengths, out, lse, part, part_lse, rows)
-    return (rotate_latent(out).to(out_dtype) if view.codec.rotation else out), lse
+    return (rotate(out, out_dtype) if view.codec.rotation else out), lse
 
 
 def _launch(

@@ -1,4 +1,4 @@
-"""Tiles of cached rows: how a codec's bytes become numbers, and how keys are split.
+"""Tiles of cached rows: how a codec's bytes become numbers and back, and how keys are split.
 
 A latent row is read in tiles of W columns, one dot product each; a tile of coded values is one
 scale group. Coded values are loaded in pairs and joined once they are numbers: without the join the
@@ -105,6 +105,29 @@ def code_to_float(code, KIND: tl.constexpr):
     else:
         bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
         return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+
+
+@triton.jit
+def nearest(x, ptr, ROUND_BF16: tl.constexpr):
+    """float32 ``x`` on the grid of the dtype behind ``ptr``; the interpreter truncates bfloat16."""
+    if ROUND_BF16 and ptr.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def hadamard(x, BLOCK_C: tl.constexpr, SIZE: tl.constexpr):
+    """Blocks of ``SIZE`` numbers of ``x [BLOCK_C]`` times the orthonormal Hadamard matrix."""
+    for i in tl.static_range(7):
+        if (1 << i) < SIZE:
+            pairs = tl.reshape(x, [BLOCK_C // (2 << i), 2, 1 << i])
+            first, second = tl.split(tl.permute(pairs, (0, 2, 1)))
+            pairs = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
+            x = tl.reshape(pairs, [BLOCK_C])
+    return x
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from mla.kernels.append import append_kernel
 from mla.kernels.decode import decode_kernel
 from mla.kernels.merge import BLOCK_LSE, BLOCK_X, merge_kernel
 from mla.kernels.prefill_variants import PREFILL_VARIANTS
+from mla.kernels.rotate import rotate_kernel
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -72,7 +73,7 @@ class Variant:
 
     @property
     def family(self) -> str:
-        """decode, append, merge, prefill or expand."""
+        """decode, append, merge, rotate, prefill or expand."""
         return self.name.partition(" ")[0]
 
 
@@ -186,6 +187,7 @@ def variants() -> Iterator[Variant]:
         yield _decode(architecture, Int4Codec(rope_bits=8), 16, 512, 64, bf16)
         yield _append(architecture, Int4Codec(rope_bits=8), 512, 64, bf16)
         yield _merge(architecture, bf16)
+        yield _rotate(architecture, bf16)
     for prefill in PREFILL_VARIANTS:
         yield Variant(*(getattr(prefill, field.name) for field in fields(Variant)))
 
@@ -311,3 +313,12 @@ def _merge(architecture: str, dtype: torch.dtype) -> Variant:
         "BLOCK_C": 128,
     }
     return _named(f"merge {_words(dtype)} C=512", merge_kernel, architecture, types, constants, 4)
+
+
+def _rotate(architecture: str, dtype: torch.dtype) -> Variant:
+    types = {"x_ptr": _POINTERS[dtype], "out_ptr": _POINTERS[dtype], "rotation_scale": "fp32"}
+    constants = {"C": 512, "SIZE": 128, "BLOCK_C": 512, "ROUND_BF16": False}
+    warps = launch.append_warps(512)
+    return _named(
+        f"rotate {_words(dtype)} C=512", rotate_kernel, architecture, types, constants, warps
+    )
