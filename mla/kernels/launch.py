@@ -257,7 +257,9 @@ def shared_bytes(
     if isinstance(codec, PlainCodec):
         keys = (buffers + extra) * (plan.BLOCK_S * columns * size + rope_bytes)
     else:
-        coded = plan.BLOCK_S * (columns * codec.value_bits // 8 + 4 * (plan.T + 1))
+        num_scales = plan.T + (codec.rope_bits == 8)
+        words = num_scales if codec.scale_dtype.itemsize == 4 else (num_scales + 1) // 2
+        coded = plan.BLOCK_S * (columns * codec.value_bits // 8 + 4 * words)
         keys = buffers * coded + (buffers + extra) * rope_bytes + plan.BLOCK_S * columns * size
     return queries + weights + keys + scratch
 

@@ -86,6 +86,7 @@ class Report(NamedTuple):
     registers: int
     spill_bytes: int
     mma: str
+    num_mma: int  # matrix instructions in the text, those of a loop once
 
     def complaints(self, variant: Variant) -> list[str]:
         """What does not keep the promise."""
@@ -127,11 +128,12 @@ def compile_variant(variant: Variant) -> Report:
     if target.backend == "cuda":
         registers, spills = _assemble(compiled.asm["ptx"], variant)
         columns = getattr(compiled.metadata, "tmem_size", None) or 0
-        return Report(shared, limit, columns, registers, spills, _mma_of(compiled.asm["ptx"]))
+        return Report(shared, limit, columns, registers, spills, *_mma_of(compiled.asm["ptx"]))
     text = compiled.asm["amdgcn"]
     registers = _amd_count(text, "vgpr_count")
     spills = _amd_count(text, "private_segment_fixed_size")
-    return Report(shared, limit, 0, registers, spills, "mfma" if "v_mfma" in text else "-")
+    count = len(re.findall(r"\bv_mfma", text))
+    return Report(shared, limit, 0, registers, spills, "mfma" if count else "-", count)
 
 
 def _assemble(ptx: str, variant: Variant) -> tuple[int, int]:
@@ -156,11 +158,12 @@ def _assemble(ptx: str, variant: Variant) -> tuple[int, int]:
     return registers, spills
 
 
-def _mma_of(ptx: str) -> str:
+def _mma_of(ptx: str) -> tuple[str, int]:
     for name in ("tcgen05.mma", "wgmma", "mma.sync"):
-        if name in ptx:
-            return name
-    return "-"
+        count = len(re.findall(rf"\b{re.escape(name)}[._]?(?:mma_async|cta_group|aligned)", ptx))
+        if count:
+            return name, count
+    return "-", 0
 
 
 def _amd_count(text: str, name: str) -> int:

@@ -74,6 +74,32 @@ def test_wgmma_is_promised_for_64_rows_on_sm90() -> None:
     assert all(variant.mma == "wgmma" for variant in wide)
 
 
+@pytest.mark.parametrize("kind", ["plain", "fp8", "int4"])
+@pytest.mark.parametrize("H", [16, 128])
+def test_every_part_of_a_row_is_fetched_ahead_on_sm90(kind: str, H: int) -> None:
+    """What is not fetched ahead has no buffer: the report would be below what the plan expects."""
+    variant = next(
+        v for v in VARIANTS
+        if v.architecture == "sm90" and v.name.startswith(f"decode {kind} bfloat16 H={H} C=512")
+    )  # fmt: skip
+    codec = {"plain": PlainCodec(), "fp8": Fp8Codec(), "int4": Int4Codec()}[kind]
+    plan = launch.decode_plan("sm90", H, 512, 64, torch.bfloat16, codec)
+    expected = launch.shared_bytes("sm90", plan, 64, torch.bfloat16, codec)
+    assert expected - 1024 <= compile_variant(variant).shared <= expected
+
+
+def test_warp_groups_share_the_scores_of_64_rows() -> None:
+    """Each of two warp groups computes half: (512 + 64) / 16 products of scores, 2 * 2 of values.
+
+    Without the branch around the scores Triton gives all of them to both groups, 72 products.
+    """
+    (variant,) = (
+        v for v in VARIANTS
+        if v.architecture == "sm90" and v.name == "decode plain bfloat16 H=128 C=512 R=64 64x32"
+    )  # fmt: skip
+    assert compile_variant(variant).num_mma == 36 + 4
+
+
 @pytest.mark.parametrize(
     ("changed", "complaint"),
     [
@@ -86,7 +112,7 @@ def test_wgmma_is_promised_for_64_rows_on_sm90() -> None:
 )
 def test_a_broken_promise_is_named(changed: dict, complaint: str | None) -> None:
     variant = Variant("k", None, "sm90", {}, {}, 4, 2, 4, "because", "wgmma")
-    report = Report(100, 100, 512, 255, 4, "wgmma")._replace(**changed)
+    report = Report(100, 100, 512, 255, 4, "wgmma", 40)._replace(**changed)
     assert report.complaints(variant) == ([] if complaint is None else [complaint])
 
 
