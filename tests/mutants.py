@@ -4,6 +4,7 @@
 here when the code changes. Add a break with each new capability: the one that a reader would miss.
 """
 
+from mutants_kernels import MUTANTS as BREAKS_OF_KERNELS
 from mutants_ops import MUTANTS as BREAKS_OF_OPS
 
 from tools.mutants import Mutant
@@ -26,6 +27,7 @@ PLAN = "tests/test_plan.py"
 
 MUTANTS: list[Mutant] = [
     *BREAKS_OF_OPS,
+    *BREAKS_OF_KERNELS,
     Mutant(
         name="scale-forgets-the-rotated-width",
         file="mla/config.py",

@@ -21,13 +21,15 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("mla", "tests", "tools", "benchmarks", "examples", "csrc", "pyproject.toml", "README.md")
 TIMEOUT = 600  # seconds for the tests of one break
-PASSED, FAILED = 0, 1  # pytest's exit codes; every other means that the tests did not run
+PASSED, FAILED = 0, 1  # pytest's exit codes; most others mean that the tests did not run
+TIMED_OUT = 1000
 
 
 class Mutant(NamedTuple):
     """One break: ``broken`` replaces ``original``, a line of ``file`` without its indentation.
 
-    ``tests`` are the pytest node ids of which at least one must fail.
+    ``tests`` are the pytest node ids of which at least one must fail; ``interpreter``: they run in
+    Triton's interpreter, which is chosen for a whole process.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Mutant(NamedTuple):
     original: str
     broken: str
     tests: tuple[str, ...]
+    interpreter: bool = False
 
 
 class MutantError(ValueError):
@@ -84,13 +87,16 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(source, target / name)
 
 
-def run_tests(root: Path, tests: Iterable[str], data_root: Path) -> tuple[int, str]:
+def run_tests(
+    root: Path, tests: Iterable[str], data_root: Path, interpreter: bool = False
+) -> tuple[int, str]:
     """pytest's exit code and output for ``tests`` in the tree at ``root``."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "--durations", "0"]
     command += ["-p", "no:cacheprovider", "--hypothesis-profile=ci"]
     # With "=": pytest would take a separate value for a test folder and find its root by it.
     command += [f"--data-root={data_root}", *sorted(set(tests))]
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["TRITON_INTERPRET"] = str(int(interpreter))
     try:
         result = subprocess.run(
             command,
@@ -102,7 +108,7 @@ def run_tests(root: Path, tests: Iterable[str], data_root: Path) -> tuple[int, s
             timeout=TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        return -1, f"no result after {TIMEOUT} s"
+        return TIMED_OUT, f"no result after {TIMEOUT} s"
     return result.returncode, result.stdout + result.stderr
 
 
@@ -111,8 +117,9 @@ def judge(mutant: Mutant, data_root: Path) -> tuple[Mutant, str, str]:
     with tempfile.TemporaryDirectory(prefix="mla-mutant-") as folder:
         copy_tree(Path(folder))
         apply(mutant, Path(folder))
-        code, output = run_tests(Path(folder), mutant.tests, data_root)
-    verdict = {PASSED: "missed", FAILED: "caught"}.get(code, "error")
+        code, output = run_tests(Path(folder), mutant.tests, data_root, mutant.interpreter)
+    # Below 0: a signal ended the tests, as a wild read does.
+    verdict = "caught" if code < 0 else {PASSED: "missed", FAILED: "caught"}.get(code, "error")
     return mutant, verdict, output
 
 
@@ -120,9 +127,15 @@ def check_unbroken(mutants: Sequence[Mutant], data_root: Path) -> str | None:
     """The output of the named tests in an unbroken copy if they do not pass, else None."""
     with tempfile.TemporaryDirectory(prefix="mla-mutant-") as folder:
         copy_tree(Path(folder))
-        tests = [test for mutant in mutants for test in mutant.tests]
-        code, output = run_tests(Path(folder), tests, data_root)
-    return None if code == PASSED else output
+        for interpreter in (False, True):
+            chosen = [mutant for mutant in mutants if mutant.interpreter == interpreter]
+            tests = [test for mutant in chosen for test in mutant.tests]
+            if not tests:
+                continue
+            code, output = run_tests(Path(folder), tests, data_root, interpreter)
+            if code != PASSED:
+                return output
+    return None
 
 
 def main() -> int:
