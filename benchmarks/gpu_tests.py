@@ -19,6 +19,7 @@ from benchmarks.gpu_run import NO_TIME, Options
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_PROCESSES = 12
+MOST_CASES = 6  # of one process
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=0")
 
 
@@ -46,7 +47,7 @@ def run_tests(options: Options) -> list[Row]:
 def collect() -> list[list[str]]:
     """Node ids of tests/kernels without those that only compile, and of tests marked cuda.
 
-    Each inner list holds the cases of one test function.
+    Each inner list holds cases of one test function, a few at most.
     """
     kernels = _collect(["tests/kernels"], "not compiles")
     marked = [
@@ -58,7 +59,11 @@ def collect() -> list[list[str]]:
     groups: dict[str, list[str]] = {}
     for test in [*kernels, *others]:
         groups.setdefault(test.partition("[")[0], []).append(test)
-    return list(groups.values())
+    return [
+        tests[first : first + MOST_CASES]
+        for tests in groups.values()
+        for first in range(0, len(tests), MOST_CASES)
+    ]
 
 
 def _collect(paths: Sequence[str], expression: str) -> list[str]:

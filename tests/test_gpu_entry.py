@@ -50,6 +50,8 @@ def test_a_dry_run_of_the_tests_collects_them(tmp_path):
     assert dry_run("tests", tmp_path) == 0
     names = {row["test"] for row in gpu_measure.read("tests", tmp_path)[1]}
     assert "tests/kernels/test_triton_decode.py::test_matches_the_oracle" in names
+    assert "tests/kernels/test_triton_cuda.py::test_auto_takes_these_kernels" in names
+    assert all(len(group) <= gpu_tests.MOST_CASES for group in gpu_tests.collect())
     assert not any("test_variants" in name for name in names)  # they compile, on any machine
 
 
