@@ -23,16 +23,17 @@ from mla.config import MLAConfig
 from mla.ops import mla_decode, mla_gather, mla_prefill
 from mla.ops.prefill import Save, check_boundaries
 from mla.ops.select import Impl, preferred
+from mla.padding import Runs, default_positions, runs_of
 from mla.plan import should_absorb
 from mla.rope import cos_sin, query_position_scale, rotate
 from mla.view import CacheView
 
 
-class Runs(NamedTuple):
-    """A key mask as one run of real tokens in each row: ``[starts[b], ends[b])``."""
+class Angles(NamedTuple):
+    """Of the rotary embedding, times its amplitude: ``[B, L, R/2]`` or ``[L, R/2]`` each."""
 
-    starts: Tensor  # [B] int32
-    ends: Tensor  # [B] int32
+    cos: Tensor
+    sin: Tensor
 
 
 class RMSNorm(nn.RMSNorm):
@@ -134,23 +135,49 @@ class MultiheadLatentAttention(nn.Module):
         """
         self._check(hidden_states, positions, cache, cu_seqlens)
         B, L, _ = hidden_states.shape
-        runs = None if attn_mask is None else self._runs(attn_mask, B, L, cache)
+        runs = (
+            None
+            if attn_mask is None
+            else runs_of("MultiheadLatentAttention", attn_mask, B, L, cache)
+        )
         if cache is not None:
             self._reserve(cache, runs, L)
         if positions is None:
-            positions = _default_positions(hidden_states, cache, runs, cu_seqlens)
-        query = self.queries(hidden_states, positions)
-        latent, k_rope = self.latents(hidden_states, positions)
+            positions = default_positions(hidden_states, cache, runs, cu_seqlens)
+        kv_a = self.kv_a_proj_with_mqa(hidden_states)
+        angles = self._angles(positions, kv_a.dtype)
+        query = self._queries(hidden_states, positions, angles)
         if cache is None:
+            latent, k_rope = self._latents(kv_a, angles)
             starts = None if runs is None else runs.starts
             values = self._expanded(query, latent, k_rope, starts, None, cu_seqlens)
         else:
-            values = self._cached(query, latent, k_rope, cache)
+            values = self._cached(query, kv_a, angles, cache)
         output: Tensor = self.o_proj(values.flatten(2))
         return output
 
     def queries(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
         """Rotated queries ``[B, L, H, N+R]`` of ``hidden_states [B, L, D]``."""
+        return self._queries(hidden_states, positions, None)
+
+    def latents(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What is cached: latent ``[B, L, C]`` after norm and scale, rotated key ``[B, L, R]``."""
+        kv_a = self.kv_a_proj_with_mqa(hidden_states)
+        return self._latents(kv_a, self._angles(positions, kv_a.dtype))
+
+    def project(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`queries` and `latents` together, which takes one table of angles instead of two."""
+        kv_a = self.kv_a_proj_with_mqa(hidden_states)
+        angles = self._angles(positions, kv_a.dtype)
+        return self._queries(hidden_states, positions, angles), *self._latents(kv_a, angles)
+
+    def _angles(self, positions: Tensor, dtype: torch.dtype) -> Angles | None:
+        R, rope = self.config.qk_rope_head_dim, self.config.rope
+        if R == 0 or rope.pairing == "none":
+            return None
+        return Angles(*cos_sin(rope, R, positions, dtype=dtype))
+
+    def _queries(self, hidden_states: Tensor, positions: Tensor, angles: Angles | None) -> Tensor:
         config = self.config
         if config.q_lora_rank is None:
             flat = self.q_proj(hidden_states)
@@ -159,34 +186,25 @@ class MultiheadLatentAttention(nn.Module):
         query: Tensor = flat.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
         if config.query_scale != 1.0:
             query = query * config.query_scale
-        if self._rotates:
+        if angles is None:
+            angles = self._angles(positions, query.dtype)
+        if angles is not None:
             q_nope, q_rope = query.split([config.qk_nope_head_dim, config.qk_rope_head_dim], dim=-1)
-            cos, sin = self._cos_sin(positions, query.dtype)
-            q_rope = rotate(q_rope, cos.unsqueeze(-2), sin.unsqueeze(-2), config.rope.pairing)
-            query = torch.cat([q_nope, q_rope], dim=-1)
+            cos, sin = (x.unsqueeze(-2) for x in angles)
+            query = torch.cat([q_nope, rotate(q_rope, cos, sin, config.rope.pairing)], dim=-1)
         by_position = query_position_scale(config.rope, positions, dtype=query.dtype)
         return query if by_position is None else query * by_position[..., None, None]
 
-    def latents(self, hidden_states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """What is cached: latent ``[B, L, C]`` after norm and scale, rotated key ``[B, L, R]``."""
+    def _latents(self, kv_a: Tensor, angles: Angles | None) -> tuple[Tensor, Tensor]:
         config = self.config
-        kv_a = self.kv_a_proj_with_mqa(hidden_states)
         latent, k_rope = kv_a.split([config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
         if config.latent_norm == "rms":
             latent = self.kv_a_layernorm(latent)
         if config.latent_scale != 1.0:
             latent = latent * config.latent_scale
-        if self._rotates:
-            cos, sin = self._cos_sin(positions, k_rope.dtype)
-            k_rope = rotate(k_rope, cos, sin, config.rope.pairing)
+        if angles is not None:
+            k_rope = rotate(k_rope, *angles, config.rope.pairing)
         return latent, k_rope
-
-    @property
-    def _rotates(self) -> bool:
-        return self.config.qk_rope_head_dim > 0 and self.config.rope.pairing != "none"
-
-    def _cos_sin(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return cos_sin(self.config.rope, self.config.qk_rope_head_dim, positions, dtype=dtype)
 
     def _expanded(
         self,
@@ -214,9 +232,11 @@ class MultiheadLatentAttention(nn.Module):
         )
         return result.out[None] if packed else result.out
 
-    def _cached(self, query: Tensor, latent: Tensor, k_rope: Tensor, cache: LatentCache) -> Tensor:
+    def _cached(
+        self, query: Tensor, kv_a: Tensor, angles: Angles | None, cache: LatentCache
+    ) -> Tensor:
         """Append, then attend in the cheaper form."""
-        view = cache.append(self.layer_idx, latent, k_rope)
+        view, latent, k_rope = self._append(kv_a, angles, cache)
         if cache.is_cold:
             return self._expanded(query, latent, k_rope, cache.starts, None)
         new_lengths = cache.new_lengths(query.shape[1])
@@ -232,6 +252,30 @@ class MultiheadLatentAttention(nn.Module):
         keys = past.latent.index_put((row, position), latent.to(query.dtype))
         ropes = past.k_rope.index_put((row, position), k_rope.to(query.dtype))
         return self._expanded(query, keys, ropes, view.starts, view.lengths)
+
+    def _append(
+        self, kv_a: Tensor, angles: Angles | None, cache: LatentCache
+    ) -> tuple[CacheView, Tensor, Tensor]:
+        """The view with the new rows, and the new rows ``[B, L, C]`` and ``[B, L, R]``."""
+        config = self.config
+        norm = self.kv_a_layernorm if config.latent_norm == "rms" else None
+        is_own_norm = norm is None or type(norm) is RMSNorm
+        if (torch.is_grad_enabled() and kv_a.requires_grad) or not is_own_norm:
+            latent, k_rope = self._latents(kv_a, angles)
+            return cache.append(self.layer_idx, latent, k_rope), latent, k_rope
+        shape = (*kv_a.shape[:2], -1)
+        cos, sin = (kv_a, kv_a) if angles is None else (x.expand(shape) for x in angles)
+        return cache.append_projected(
+            self.layer_idx,
+            kv_a,
+            None if norm is None else norm.weight.to(kv_a.dtype),
+            cos,
+            sin,
+            eps=config.latent_norm_eps,
+            latent_scale=config.latent_scale,
+            pairing="none" if angles is None else config.rope.pairing,
+            impl=preferred(self.impl, "mla_append"),
+        )
 
     def _absorbed(self, query: Tensor, view: CacheView, query_lengths: Tensor | None) -> Tensor:
         """Values ``[B, L, H, V]`` by absorbed attention."""
@@ -296,33 +340,6 @@ class MultiheadLatentAttention(nn.Module):
     def _row_sizes(self) -> tuple[int, int]:
         return self.config.kv_lora_rank, self.config.qk_rope_head_dim
 
-    def _runs(self, attn_mask: Tensor, B: int, L: int, cache: LatentCache | None) -> Runs:
-        """The new tokens' part of ``attn_mask`` as runs."""
-        name = "MultiheadLatentAttention"
-        past = 0 if cache is None else cache.max_length
-        if attn_mask.dtype != torch.bool or tuple(attn_mask.shape) not in ((B, L), (B, past + L)):
-            raise ShapeError(
-                f"{name}: attn_mask has shape {tuple(attn_mask.shape)} and dtype "
-                f"{attn_mask.dtype}, expected [B={B}, {L}] or [B={B}, {past + L}] bool"
-            )
-        fresh = attn_mask[:, attn_mask.shape[1] - L :]
-        ends = L - fresh.flip(1).int().argmax(1)
-        count = fresh.sum(1)
-        ends = torch.where(count == 0, 0, ends)
-        starts = ends - count
-        if not torch.compiler.is_compiling():
-            position = torch.arange(L, device=fresh.device)
-            run = (position >= starts[:, None]) & (position < ends[:, None])
-            if not torch.equal(run, fresh):
-                raise ShapeError(
-                    f"{name}: attn_mask has a row with gaps, expected one run of True a row"
-                )
-            if past and bool((starts > 0).any()):
-                raise UnsupportedError(
-                    f"{name}: attn_mask has left padding, expected that only with an empty cache"
-                )
-        return Runs(starts.int(), ends.int())
-
     def _reserve(self, cache: LatentCache, runs: Runs | None, L: int) -> None:
         if runs is None or torch.compiler.is_compiling():
             cache.ensure_reserved(self.layer_idx, L, starts=None)
@@ -331,24 +348,3 @@ class MultiheadLatentAttention(nn.Module):
             cache.ensure_reserved(self.layer_idx, runs.ends.tolist(), starts=starts)
         else:
             cache.ensure_reserved(self.layer_idx, runs.ends.tolist(), starts=None)
-
-
-def _default_positions(
-    hidden_states: Tensor,
-    cache: LatentCache | None,
-    runs: Runs | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """Positions counted from the first real token of each row, ``[B, L]`` or ``[L]``."""
-    L = hidden_states.shape[1]
-    token = torch.arange(L, device=hidden_states.device)
-    if cu_seqlens is not None:
-        sequence = torch.searchsorted(cu_seqlens, token.int(), right=True) - 1
-        return token - cu_seqlens[sequence]
-    if cache is None:
-        return token if runs is None else (token - runs.starts[:, None]).clamp(min=0)
-    new_lengths = cache.new_lengths(L)
-    first = cache.lengths - (L if new_lengths is None else new_lengths)
-    if cache.starts is not None:
-        first = first - cache.starts
-    return (first[:, None] + token).clamp(min=0)

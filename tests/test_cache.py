@@ -301,7 +301,7 @@ def filled() -> DenseLatentCache:
         ),
         (
             lambda c: c.reserve(2) or c.append(0, ROWS[..., :5], ROWS[..., 5:]),
-            "DenseLatentCache.append: latent has shape (2, 3, 5), expected [B=2, L=2, C] as "
+            "DenseLatentCache.append: latent has shape (2, 3, 5), expected [B=2, L=2, width] as "
             "reserved",
         ),
         (

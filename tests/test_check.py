@@ -242,7 +242,7 @@ def test_order_of_nibbles_is_named(monkeypatch):
 def test_positions_that_restart_are_named(monkeypatch):
     monkeypatch.setattr(
         mla.module,
-        "_default_positions",
+        "default_positions",
         lambda hidden_states, *rest: torch.arange(hidden_states.shape[1]),
     )
     assert "positions start again at 0 in each chunk" in failures()["layer"]

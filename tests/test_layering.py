@@ -62,7 +62,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "cache.paged": {"cache.base"},
         "cache": {"cache.base", "cache.dense", "cache.paged"},
     },
-    {"module": set()},
+    {"padding": set(), "module": {"padding"}},
     {"convert": set(), "parallel": set(), "integrations": {"convert"}},
     {"cli": set(), "__main__": {"cli"}},
 ]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mla.checks import FLOAT_DTYPES, ShapeError, UnsupportedError
 from mla.codec import Codec, PlainCodec
-from mla.config import MLAConfig
-from mla.ops import mla_append
+from mla.config import MLAConfig, Pairing
+from mla.ops import mla_append, mla_norm_rope_append
+from mla.ops.select import Impl
 from mla.view import CacheView
 
 
@@ -171,23 +172,71 @@ class LatentCache:
         Raises:
             ShapeError: nothing is reserved for this layer, or a size does not fit.
         """
-        name = f"{type(self).__name__}.append"
+        view = self._begin_append("append", layer_idx, "latent", latent)
+        mla_append(view, latent, k_rope, new_lengths=self.new_lengths(latent.shape[1]))
+        self._pending[layer_idx] = False
+        return view
+
+    def append_projected(
+        self,
+        layer_idx: int,
+        kv_a: Tensor,
+        norm_weight: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        eps: float,
+        latent_scale: float = 1.0,
+        pairing: Pairing,
+        impl: Impl = "auto",
+    ) -> tuple[CacheView, Tensor, Tensor]:
+        """`append` of what ``kv_a_proj_with_mqa`` gives, normalised and rotated in the same pass.
+
+        Args:
+            layer_idx: 0 to ``num_layers - 1``.
+            kv_a: ``[B, L, C+R]``.
+            norm_weight, cos, sin, eps, latent_scale, pairing, impl: see
+                `mla.ops.mla_norm_rope_append`.
+
+        Returns:
+            The view of the layer, and the new rows ``[B, L, C]`` and ``[B, L, R]`` as they were
+            before they were coded.
+
+        Raises:
+            ShapeError: as `append`.
+        """
+        view = self._begin_append("append_projected", layer_idx, "kv_a", kv_a)
+        rows = mla_norm_rope_append(
+            view,
+            kv_a,
+            norm_weight,
+            cos,
+            sin,
+            eps=eps,
+            latent_scale=latent_scale,
+            pairing=pairing,
+            new_lengths=self.new_lengths(kv_a.shape[1]),
+            impl=impl,
+        )
+        self._pending[layer_idx] = False
+        return view, rows.latent, rows.k_rope
+
+    def _begin_append(self, method: str, layer_idx: int, argument: str, new: Tensor) -> CacheView:
+        """The view to write to; refuses what is not reserved."""
+        name = f"{type(self).__name__}.{method}"
         self._check_layer(name, layer_idx)
         if not self._pending[layer_idx]:
             raise ShapeError(
                 f"{name}: layer_idx={layer_idx} has no reservation, expected reserve(new_lengths) "
                 "once before the first layer of a step"
             )
-        padding = (latent.shape[1] if latent.ndim == 3 else -1) - self._most_new
+        padding = (new.shape[1] if new.ndim == 3 else -1) - self._most_new
         if padding < 0 or (padding > 0 and not self._may_pad):
             raise ShapeError(
-                f"{name}: latent has shape {tuple(latent.shape)}, "
-                f"expected [B={self.batch_size}, L={self._most_new}, C] as reserved"
+                f"{name}: {argument} has shape {tuple(new.shape)}, "
+                f"expected [B={self.batch_size}, L={self._most_new}, width] as reserved"
             )
-        view = self.view(layer_idx)
-        mla_append(view, latent, k_rope, new_lengths=self.new_lengths(latent.shape[1]))
-        self._pending[layer_idx] = False
-        return view
+        return self.view(layer_idx)
 
     def view(self, layer_idx: int) -> CacheView:
         """What the ops read; stale once the cache has grown."""

@@ -71,8 +71,8 @@ class ConvertedAttention(nn.Module):
         if position_ids is None:
             past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
             position_ids = past + torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        query = self.mla.queries(hidden_states, position_ids).transpose(1, 2)
-        latent, k_rope = (x[:, None] for x in self.mla.latents(hidden_states, position_ids))
+        query, latent, k_rope = self.mla.project(hidden_states, position_ids)
+        query, latent, k_rope = query.transpose(1, 2), latent[:, None], k_rope[:, None]
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
         key, value = self.expand_kv(latent, k_rope)
