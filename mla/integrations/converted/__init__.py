@@ -13,9 +13,11 @@ Files:
     calibrate.py  one pass over calibration text
     layer.py      a converted layer under transformers' calling convention
     model.py      convert, build, save, load
+    coded.py      the quality of 8- and 4-bit rows
 """
 
 from mla.integrations.converted.calibrate import Progress, calibrate
+from mla.integrations.converted.coded import coded_rows, through_codec
 from mla.integrations.converted.hosts import HostAttention, read_host
 from mla.integrations.converted.layer import ConvertedAttention
 from mla.integrations.converted.model import (
@@ -33,8 +35,10 @@ __all__ = [
     "Progress",
     "build_model",
     "calibrate",
+    "coded_rows",
     "convert_model",
     "load_converted",
     "read_host",
     "save_converted",
+    "through_codec",
 ]
