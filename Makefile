@@ -2,7 +2,8 @@
 #
 #   make env        .venv with pinned versions; PYTHON=python3.12 chooses the interpreter
 #   make data       the real model and text, fetched once; DATA=DIR chooses the folder
-#   make demo       convert a real model and show what that saves and costs
+#   make demo       convert a real model and show what that saves and costs; CODEC=int4 (int8, fp8)
+#                   codes the cached rows as well
 #   make test       environment, data, checks and all tests
 #   make test-oldest  the transformers drop-in on the oldest transformers that is supported
 #   make check      ruff, mypy, layering
@@ -20,6 +21,7 @@ GPU_PYTHON ?= python3
 TEST_ARGS ?=
 BENCH_ARGS ?=
 MUTANT_ARGS ?=
+CODEC ?=
 OUT ?= out/gpu
 COMMIT ?=
 PART ?= all
@@ -48,7 +50,7 @@ data: env
 
 demo: data
 	@mkdir -p out/demo
-	@$(PY) -m mla demo
+	@$(PY) -m mla demo $(if $(CODEC),--codec $(CODEC))
 	@echo "demo: passed, table above, plot and report.json in out/demo"
 
 # Triton's interpreter excludes its compiler, so the kernels have a pytest process of their own.

@@ -237,14 +237,23 @@ CODECS = (PlainCodec.kind, *_GROUP_CODECS)
 
 @lru_cache
 def codec_from_spec(spec: str) -> Codec:
-    """The codec whose ``spec`` this is; custom ops carry codecs as such strings."""
+    """The codec whose ``spec`` this is, or that of a kind with its defaults, such as ``"int4"``.
+
+    Custom ops carry codecs as such strings.
+
+    Raises:
+        UnsupportedError: there is no such codec.
+    """
     if spec == PlainCodec.kind:
         return PlainCodec()
     kind, *options = spec.split("/")
-    if kind not in _GROUP_CODECS or len(options) != 3:
+    is_number = all(option.isdecimal() for option in options)
+    if kind not in _GROUP_CODECS or len(options) not in (0, 3) or not is_number:
         raise UnsupportedError(
             f"codec_from_spec: spec has value {spec!r}, expected one of {CODECS}"
         )
+    if not options:
+        return _GROUP_CODECS[kind]()
     group, rope_bits, rotation = map(int, options)
     return _GROUP_CODECS[kind](group=group, rope_bits=rope_bits, rotation=bool(rotation))
 

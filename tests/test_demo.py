@@ -7,7 +7,7 @@ import pytest
 import torch
 from cli_models import llama_folder, text_file, tiny_llama
 
-from mla import MLAConfig, RopeConfig
+from mla import Int4Codec, MLAConfig, RopeConfig
 from mla.__main__ import main
 from mla.cli.costs import arithmetic, cached_bytes, crossover_text
 from mla.cli.plot import write_plot
@@ -76,6 +76,29 @@ def test_a_full_budget_changes_nothing(tiny_demo, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["perplexity"]["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert report["continuation"]["original"] == report["continuation"]["converted"]
+
+
+def test_coded_rows_are_shown_beside_the_plain_ones(tiny_demo, tmp_path, capsys):
+    arguments, _ = tiny_demo
+    assert main([*arguments, "--codec", "int4", "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    coded, layers = report["coded"], report["layers"]
+    widths = [Int4Codec().row_width(layer["latent_dim"], layer["rope_dim"]) for layer in layers]
+    assert coded["bytes_per_token"] == sum(widths)
+    assert coded["codec"] == Int4Codec().spec
+    assert coded["original"] == report["perplexity"]["original"]
+    assert coded["converted"] != report["perplexity"]["converted"]
+    text = capsys.readouterr().out
+    assert "perplexity, int4/64/16/1 rows" in text
+    assert "with int4/64/16/1 rows" in text.strip().splitlines()[-1]
+
+
+def test_an_unknown_codec_is_one_line(tiny_demo, capsys):
+    arguments, _ = tiny_demo
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--codec", "int5"])
+    assert stopped.value.code == 2
+    assert "has value 'int5', expected one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["--model", "--calibration", "--evaluation"])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from mla.checks import UnsupportedError
+from mla.codec import CODECS, Codec, codec_from_spec
+
 
 def share(text: str) -> float:
     """A number above 0, at most 1."""
@@ -29,6 +32,14 @@ def temperature(text: str) -> float:
     if not 0.0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"has value {text}, expected at least 0")
     return value
+
+
+def codec(text: str) -> Codec:
+    """A codec with its defaults by kind, or ``kind/group/rope bits/rotated`` in full."""
+    try:
+        return codec_from_spec(text)
+    except UnsupportedError:
+        raise argparse.ArgumentTypeError(f"has value {text!r}, expected one of {CODECS}") from None
 
 
 def _number(text: str) -> float:

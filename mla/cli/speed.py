@@ -21,9 +21,8 @@ PREFILL_CHUNK = 1024
 class Decoding:
     """One model with its cache, advanced along a fixed text."""
 
-    def __init__(self, model: Any, ids: Tensor) -> None:
-        self.model, self.ids = model, ids.to(model.device)
-        self.cache: Any = None
+    def __init__(self, model: Any, ids: Tensor, cache: Any) -> None:
+        self.model, self.ids, self.cache = model, ids.to(model.device), cache
         self.length = 0
 
     @torch.no_grad()
@@ -53,6 +52,7 @@ def decode_speeds(
     contexts: Sequence[int],
     *,
     steps: int,
+    caches: Mapping[str, Any] | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """Seconds and tokens per second of single decode steps at each context.
@@ -62,12 +62,14 @@ def decode_speeds(
         ids: ``[T]`` text, at least the longest context and a few tokens long.
         contexts: cached tokens, rising.
         steps: counted rounds at each context.
+        caches: an empty cache for each model that shall not make its own.
         on_step: called after every chunk and round, `num_steps` times.
 
     Returns:
         For each context ``seconds`` (medians), ``tokens_per_second`` and ``rounds``, by model.
     """
-    runs = {name: Decoding(model, ids) for name, model in models.items()}
+    given = caches or {}
+    runs = {name: Decoding(model, ids, given.get(name)) for name, model in models.items()}
     found: dict[str, dict[str, Any]] = {}
     for context in contexts:
         for run in runs.values():
