@@ -262,7 +262,8 @@ def _launch(
     if is_rotated and cos is not None and sin is not None:
         angles = (cos.contiguous(), sin.contiguous())
     outputs = (latent, latent) if fresh is None else fresh
-    append_kernel[(L, B)](
+    launch.run(
+        append_kernel, (L, B), latent.device,
         latent, k_rope, latent if norm_weight is None else norm_weight, *angles, *outputs,
         view.rows, table, view.lengths,
         view.lengths if new_lengths is None else new_lengths,

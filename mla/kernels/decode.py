@@ -255,7 +255,8 @@ def _launch(
     is_paged = view.page_table is not None
     table = lengths if view.page_table is None else view.page_table[rows]
     first_page = 0 if is_paged else rows.start
-    decode_kernel[(triton.cdiv(L * H, plan.BLOCK_H), X, num_rows)](
+    launch.run(
+        decode_kernel, (triton.cdiv(L * H, plan.BLOCK_H), X, num_rows), out.device,
         q_latent[rows], q_rope[rows],
         view.rows[first_page:], table, lengths,
         lengths if starts is None else starts,

@@ -68,7 +68,8 @@ def expand(latent: Tensor, weight: Tensor) -> Tensor:
         return kv
     row = expand_row(launch.architecture(latent.device), latent.dtype)
     grid = (triton.cdiv(T, row.BLOCK_T) * triton.cdiv(O, row.BLOCK_O),)
-    expand_kernel[grid](
+    launch.run(
+        expand_kernel, grid, latent.device,
         latent, rows, kv, T, O, latent.stride(0), rows.stride(0), C=C,
         BLOCK_T=row.BLOCK_T, BLOCK_O=row.BLOCK_O, BLOCK_C=row.BLOCK_C,
         UPCAST=launch.upcast(latent), num_warps=row.num_warps, num_stages=row.num_stages,

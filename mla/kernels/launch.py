@@ -10,7 +10,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -180,6 +180,20 @@ def is_interpreting() -> bool:
 def upcast(tensor: Tensor) -> bool:
     """Whether dot operands must be float32: the interpreter misreads the bits of bfloat16."""
     return is_interpreting() and tensor.dtype == torch.bfloat16
+
+
+def run(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any
+) -> None:
+    """Launch on ``device``: Triton itself takes the current device and the current stream there.
+
+    Every kernel is launched here, because tensors on cuda:1 must not be given to cuda:0.
+    """
+    if device.type == "cpu" or device.index in (None, torch.cuda.current_device()):
+        kernel[grid](*arguments, **constants)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](*arguments, **constants)
 
 
 def architecture(device: torch.device) -> str:

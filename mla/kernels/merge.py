@@ -90,7 +90,8 @@ def merge_splits(
     """Merge the splits that `mla.kernels.decode` left behind, into ``out`` and ``lse``."""
     _, X, Y, C = part.shape
     BLOCK_C = min(128, triton.next_power_of_2(C))
-    merge_kernel[(Y, triton.cdiv(C, BLOCK_C), out.shape[0])](
+    launch.run(
+        merge_kernel, (Y, triton.cdiv(C, BLOCK_C), out.shape[0]), out.device,
         part, part_lse, lengths, out, lse, X, Y, view.shard[0],
         C=C, Z=launch.page_size(view), ALL_PARTS=False, SHARDS=view.shard[1],
         SPLIT_KEYS=SPLIT_KEYS, MAX_SPLITS=launch.MAX_SPLITS, BLOCK_S=BLOCK_S,
@@ -105,7 +106,8 @@ def merge(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         return merged, merged_lse
     X, Y, C = out.shape[0], merged_lse.numel(), out.shape[-1]
     BLOCK_C = min(128, triton.next_power_of_2(C))
-    merge_kernel[(Y, triton.cdiv(C, BLOCK_C), 1)](
+    launch.run(
+        merge_kernel, (Y, triton.cdiv(C, BLOCK_C), 1), out.device,
         out.contiguous(), lse.contiguous(), lse, merged, merged_lse, X, Y, 0,
         C=C, Z=0, ALL_PARTS=True, SHARDS=1, SPLIT_KEYS=1, MAX_SPLITS=1, BLOCK_S=1,
         BLOCK_LSE=BLOCK_LSE, BLOCK_X=BLOCK_X, BLOCK_C=BLOCK_C,

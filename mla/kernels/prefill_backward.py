@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mla.kernels import launch
 from mla.kernels.expand import expand
 from mla.kernels.prefill_backward_keys import prefill_backward_keys_kernel
 from mla.kernels.prefill_backward_queries import prefill_backward_queries_kernel
@@ -135,7 +136,8 @@ def _prepare(
     T, H, V = out.shape
     log2_lse = torch.empty(H, T, dtype=torch.float32, device=out.device)
     delta = torch.empty_like(log2_lse)
-    prefill_delta_kernel[(triton.cdiv(T, BLOCK_T), H)](
+    launch.run(
+        prefill_delta_kernel, (triton.cdiv(T, BLOCK_T), H), out.device,
         out.contiguous(), d_out, lse.contiguous(), None if d_lse is None else d_lse.contiguous(),
         log2_lse, delta, T, H, V=V, BLOCK_T=BLOCK_T, BLOCK_V=triton.next_power_of_2(V),
     )  # fmt: skip

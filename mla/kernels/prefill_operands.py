@@ -58,7 +58,10 @@ class Operands(NamedTuple):
         if grid[0] == 0:
             return
         H, N, R, V = self.sizes
-        kernel[grid](
+        launch.run(
+            kernel,
+            grid,
+            self.query.device,
             **others,
             q_ptr=self.query,
             kv_ptr=kv,

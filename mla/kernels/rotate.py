@@ -41,7 +41,8 @@ def rotate(x: Tensor, dtype: torch.dtype) -> Tensor:
     C = x.shape[-1]
     size = math.gcd(C, 128)
     out = torch.empty_like(x, dtype=dtype)
-    rotate_kernel[(x.numel() // C,)](
+    launch.run(
+        rotate_kernel, (x.numel() // C,), x.device,
         x, out, size**-0.5, C=C, SIZE=size, BLOCK_C=max(2, triton.next_power_of_2(C)),
         ROUND_BF16=launch.is_interpreting(), num_warps=launch.append_warps(C),
     )  # fmt: skip
