@@ -1,6 +1,8 @@
 """Caches of latents: layouts that hold rows and show them to the ops as a `CacheView`."""
 
 from mla.cache.base import CacheFull, LatentCache
+from mla.cache.batch import PagedBatch
 from mla.cache.dense import DenseLatentCache
+from mla.cache.paged import PagedLatentCache
 
-__all__ = ["CacheFull", "DenseLatentCache", "LatentCache"]
+__all__ = ["CacheFull", "DenseLatentCache", "LatentCache", "PagedBatch", "PagedLatentCache"]
