@@ -15,7 +15,7 @@ N unrotated, R rotated and V value width of a head.
 """
 
 from mla import ops
-from mla.cache import CacheFull, DenseLatentCache
+from mla.cache import CacheFull, DenseLatentCache, PagedLatentCache
 from mla.checks import ShapeError, UnsupportedError
 from mla.codec import Fp8Codec, Int4Codec, Int8Codec, PlainCodec
 from mla.config import MLAConfig, RopeConfig
@@ -33,6 +33,7 @@ __all__ = [
     "Int8Codec",
     "MLAConfig",
     "MultiheadLatentAttention",
+    "PagedLatentCache",
     "PlainCodec",
     "RopeConfig",
     "ShapeError",

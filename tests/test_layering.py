@@ -59,9 +59,12 @@ LAYERS: list[dict[str, set[str]]] = [
     {
         "cache.base": set(),
         "cache.dense": {"cache.base"},
-        "cache.paged": {"cache.base"},
+        "cache.pages": set(),
+        "cache.prefix": set(),
+        "cache.batch": {"cache.base", "cache.prefix", "cache.paged"},  # of cache.paged its type
+        "cache.paged": {"cache.base", "cache.batch", "cache.pages", "cache.prefix"},
         "cache.files": {"cache.base", "cache.dense", "cache.paged"},
-        "cache": {"cache.base", "cache.dense", "cache.paged", "cache.files"},
+        "cache": {"cache.base", "cache.batch", "cache.dense", "cache.paged", "cache.files"},
     },
     {"padding": set(), "module": {"padding"}},
     {"convert": set(), "parallel": set(), "integrations": {"convert"}},

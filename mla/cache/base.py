@@ -22,7 +22,15 @@ from mla.view import CacheView
 
 
 class CacheFull(ValueError):
-    """More positions were asked for than the cache can hold; nothing has changed."""
+    """More positions were asked for than the cache can hold; nothing has changed.
+
+    Attributes:
+        needed, free: pages, where a pool ran out of them; None for other limits.
+    """
+
+    def __init__(self, message: str, *, needed: int | None = None, free: int | None = None) -> None:
+        super().__init__(message)
+        self.needed, self.free = needed, free
 
 
 class LatentCache:
@@ -110,11 +118,7 @@ class LatentCache:
         """
         name = f"{type(self).__name__}.reserve"
         B = self.batch_size
-        counts = [new_lengths] * B if isinstance(new_lengths, int) else list(new_lengths)
-        if len(counts) != B or min(counts) < 0:
-            raise ShapeError(
-                f"{name}: new_lengths has value {new_lengths}, expected {B} numbers of at least 0"
-            )
+        counts = self._counts(new_lengths)
         is_cold = self.max_length == 0
         if starts is not None:
             starts = list(starts)
@@ -139,6 +143,17 @@ class LatentCache:
         if is_cold:
             self._set_starts(starts if starts is not None and any(starts) else [0] * B)
         self._pending = [True] * len(self._pending)
+
+    def _counts(self, new_lengths: int | Sequence[int]) -> list[int]:
+        """New tokens of each row, or ShapeError."""
+        B = self.batch_size
+        counts = [new_lengths] * B if isinstance(new_lengths, int) else list(new_lengths)
+        if len(counts) != B or min(counts) < 0:
+            raise ShapeError(
+                f"{type(self).__name__}.reserve: new_lengths has value {new_lengths}, "
+                f"expected {B} numbers of at least 0"
+            )
+        return counts
 
     def ensure_reserved(
         self, layer_idx: int, new_lengths: int | Sequence[int], *, starts: Sequence[int] | None

@@ -1,0 +1,396 @@
+"""A pool of pages that many sequences share, and the operations on sequences.
+
+Dims: P pages in the pool, Z positions in one page, W stored row width.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from mla.cache.base import CacheFull
+from mla.cache.batch import PagedBatch
+from mla.cache.pages import PageAllocator
+from mla.cache.prefix import CachedSequence, checked_ids, prefix_digests, root_digest
+from mla.checks import FLOAT_DTYPES, ShapeError
+from mla.codec import Codec, PlainCodec
+from mla.config import MLAConfig
+
+
+class Step(NamedTuple):
+    """Positions that were reserved together, and which layers have not written them yet."""
+
+    pending: list[bool]
+    spans: list[tuple[CachedSequence, int, int]]
+
+
+class PagedLatentCache:
+    """A pool of ``[P, Z, W]`` rows in each layer, shared by sequences of any length.
+
+        pool = PagedLatentCache(config, num_pages=1000, num_layers=len(layers))
+        chat = pool.allocate(prompt_ids)          # finds pages that hold the same first tokens
+        rest = prompt_ids[pool.length(chat):]     # what is still to be computed, never empty
+        cache = pool.batch([chat])                # the same one for all layers and steps
+        hidden = embed(rest)[None]
+        for layer in layers:
+            hidden = layer(hidden, cache=cache)
+
+    A sequence is an id that `allocate` or `fork` returned; a `batch` of them goes to the layers.
+    Sequences share pages after `fork`, after `PagedBatch.reorder` and through their token ids; a
+    shared page is copied before it is written. Full pages whose token ids are known are found by
+    later sequences that begin with the same tokens, also after `free`, until the pool needs them:
+    it takes those first that have been nobody's longest.
+
+    Every operation works completely or raises and changes nothing. The books are kept on the host;
+    not for use from several threads at once, nor between the layers of a step: a step whose
+    sequence is truncated or freed has to be reserved anew. After an exception between layers
+    truncate the sequences of the batch to where they were.
+
+    Args:
+        config: of all layers, or a sequence with one for each layer.
+        num_pages: P, fixed; one page takes ``nbytes / P`` bytes.
+        page_size: Z.
+        num_layers: when one config serves all layers.
+        codec: how rows are stored; None: plain values.
+        scrub_on_free: zero the rows of a page, in all layers, as soon as no sequence can come to
+            them any more, so that a wrong page table cannot show them.
+        device, dtype: of the rows (dtype for the plain codec only); None: PyTorch's defaults.
+
+    Raises:
+        ShapeError: a size is not positive.
+    """
+
+    _next_id = itertools.count()  # ids are never used twice: those of another pool are refused
+
+    def __init__(
+        self,
+        config: MLAConfig | Sequence[MLAConfig],
+        *,
+        num_pages: int,
+        page_size: int = 64,
+        num_layers: int = 1,
+        codec: Codec | None = None,
+        scrub_on_free: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        configs = [config] * num_layers if isinstance(config, MLAConfig) else list(config)
+        if min(num_pages, page_size, len(configs)) < 1 or num_pages >= 2**31:
+            raise ShapeError(
+                f"PagedLatentCache: num_pages, page_size, layers have values {num_pages}, "
+                f"{page_size}, {len(configs)}, expected at least 1 of each and int32 page numbers"
+            )
+        self.configs = tuple(configs)
+        self.codec = codec or PlainCodec()
+        self.dtype = dtype or torch.get_default_dtype()
+        if self.dtype not in FLOAT_DTYPES:
+            raise ShapeError(
+                f"PagedLatentCache: dtype has value {self.dtype}, expected float64 to bfloat16"
+            )
+        self.page_size = page_size
+        self.scrub_on_free = scrub_on_free
+        self._rows = [
+            torch.empty(
+                num_pages,
+                page_size,
+                self.codec.row_width(layer.kv_lora_rank, layer.qk_rope_head_dim),
+                dtype=self.codec.storage_dtype(self.dtype),
+                device=device,
+            )
+            for layer in configs
+        ]
+        self._pages = PageAllocator(num_pages)
+        self._records: dict[int, CachedSequence] = {}
+        self._steps: list[Step] = []
+        self._batches: WeakSet[PagedBatch] = WeakSet()
+
+    @property
+    def device(self) -> torch.device:
+        return self._rows[0].device
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.configs)
+
+    @property
+    def num_pages(self) -> int:
+        return self._pages.num_pages
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that can be taken now, those included that are only kept to be found again."""
+        return self._pages.num_available
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage, all layers together."""
+        return sum(rows.nbytes for rows in self._rows)
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """Ids of the allocated sequences, oldest first."""
+        return tuple(self._records)
+
+    def length(self, sequence: int) -> int:
+        """Positions of ``sequence`` that are cached or reserved."""
+        return self._record("PagedLatentCache.length", sequence).length
+
+    def rows(self, layer_idx: int) -> Tensor:
+        """``[P, Z, W]`` storage of one layer, not a copy."""
+        if not 0 <= layer_idx < self.num_layers:
+            raise ShapeError(
+                f"PagedLatentCache.rows: layer_idx has value {layer_idx}, "
+                f"expected 0 to {self.num_layers - 1}"
+            )
+        return self._rows[layer_idx]
+
+    def allocate(self, token_ids: Sequence[int] | Tensor | None = None, *, salt: str = "") -> int:
+        """A new sequence, which begins with the longest stretch of ``token_ids`` that is cached.
+
+        Only full pages are found, and at least one token is left to be computed. The caller then
+        appends the tokens behind `length`, in one step or several; no further ids are needed for
+        them. No page is taken yet.
+
+        Args:
+            token_ids: of the prompt, integers; None: neither look for pages nor let them be found.
+            salt: what else the rows depend on, such as the adapter or the image in the prompt; only
+                sequences with the same salt share pages by their tokens.
+
+        Returns:
+            The id, never used before.
+
+        Raises:
+            ShapeError: ``token_ids`` is not one row of integers.
+        """
+        ids = [] if token_ids is None else checked_ids("PagedLatentCache.allocate", token_ids)
+        self._settle()
+        record = CachedSequence(root=root_digest(salt), token_ids=ids)
+        for digest in prefix_digests(record.root, ids[:-1], self.page_size):
+            page = self._pages.find(digest)
+            if page is None:
+                break
+            self._pages.share([page])
+            record.pages.append(page)
+            record.digests.append(digest)
+        record.length = record.written = len(record.pages) * self.page_size
+        return self._register(record)
+
+    def fork(self, sequence: int) -> int:
+        """A new sequence with the contents of ``sequence``, whose pages both share.
+
+        Raises:
+            ShapeError: ``sequence`` is not allocated.
+        """
+        record = self._record("PagedLatentCache.fork", sequence)
+        self._settle()
+        self._pages.share(record.pages)
+        return self._register(record.copy())
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the positions from ``length`` on, for rejected speculative tokens.
+
+        Their token ids are forgotten too: pass those of the tokens that follow to
+        `PagedBatch.reserve`.
+
+        Raises:
+            ShapeError: ``sequence`` is not allocated, or is shorter; nothing has changed.
+        """
+        record = self._record("PagedLatentCache.truncate", sequence)
+        if not 0 <= length <= record.length:
+            raise ShapeError(
+                f"PagedLatentCache.truncate: length has value {length}, "
+                f"expected 0 to {record.length}"
+            )
+        self._truncate({record: length})
+
+    def free(self, *sequences: int) -> None:
+        """Give the pages of ``sequences`` back; their rows in batches become idle.
+
+        Raises:
+            ShapeError: one is not allocated or occurs twice; nothing has changed.
+        """
+        name = "PagedLatentCache.free"
+        records = {self._record(name, sequence) for sequence in sequences}
+        if len(records) != len(sequences):
+            raise ShapeError(f"{name}: sequences has value {sequences}, expected each once")
+        self._settle()
+        self._forget_steps(records)
+        for sequence in sequences:
+            self._pages.release(self._records.pop(sequence).pages)
+        self._scrub()
+        for batch in self._batches:
+            batch._drop(records)
+
+    def reset(self) -> None:
+        """Free all sequences and forget which tokens the pages hold; the storage stays."""
+        self.free(*self._records)
+        self._pages.forget_kept()
+        self._scrub()
+
+    def batch(
+        self, sequences: Sequence[int | None], *, max_length: int | None = None
+    ) -> PagedBatch:
+        """These sequences as the rows of a cache that the layer takes.
+
+        Args:
+            sequences: B ids that differ; None: an idle row, see `PagedBatch`.
+            max_length: longest row, for CUDA graphs and compiled steps; None: the page table grows
+                with its rows.
+
+        Raises:
+            ShapeError: an id is not allocated or occurs twice, or there is none.
+            CacheFull: a sequence is longer than ``max_length``.
+        """
+        batch = PagedBatch(self, sequences, max_length)
+        self._batches.add(batch)
+        return batch
+
+    def check(self) -> None:
+        """Verify every invariant of the books and of the tables on the device; reads them back.
+
+        Raises:
+            AssertionError: naming what is wrong.
+        """
+        references = [0] * self.num_pages
+        for sequence, record in self._records.items():
+            record.check(sequence, self.page_size)
+            for page in record.pages:
+                references[page] += 1
+            for page, digest in zip(record.pages, record.digests, strict=False):
+                if self._pages.digest(page) not in (None, digest):
+                    raise AssertionError(f"page {page} is found by other tokens than it holds")
+        self._pages.check(references)
+        for batch in self._batches:
+            batch._check()
+
+    def _record(self, name: str, sequence: int) -> CachedSequence:
+        record = self._records.get(sequence)
+        if record is None:
+            raise ShapeError(
+                f"{name}: sequence has value {sequence!r}, expected an id that this pool allocated "
+                "and has not freed"
+            )
+        return record
+
+    def _register(self, record: CachedSequence) -> int:
+        sequence = next(self._next_id)
+        self._records[sequence] = record
+        return sequence
+
+    def _extend(
+        self, lengths: Mapping[CachedSequence, int], batch: PagedBatch
+    ) -> dict[CachedSequence, int]:
+        """Pages for these new lengths, or CacheFull and no change.
+
+        Copies the pages that are shared and about to be written. Shows the change to all batches
+        but ``batch``; returns the first changed column of each sequence.
+        """
+        self._settle()
+        needed = self._pages_needed(lengths)
+        if needed > self.num_free_pages:
+            raise CacheFull(
+                f"PagedLatentCache: the step has a need of {needed} pages, expected at most the "
+                f"{self.num_free_pages} free ones of {self.num_pages}; nothing has changed",
+                needed=needed,
+                free=self.num_free_pages,
+            )
+        self._forget_steps(lengths.keys())
+        copies, first_columns = [], {}
+        for record, length in lengths.items():
+            column, slot = divmod(record.length, self.page_size)
+            first_columns[record] = len(record.pages)
+            if slot > 0 and self._pages.references(record.pages[column]) > 1:
+                copies.append((record.pages[column], self._pages.take()))
+                self._pages.release([record.pages[column]])
+                record.pages[column] = copies[-1][1]
+                first_columns[record] = column
+            elif slot > 0:
+                self._pages.forget(record.pages[column])
+            record.extend(length)
+            num_new = -(-length // self.page_size) - len(record.pages)
+            record.pages += [self._pages.take() for _ in range(num_new)]
+        self._scrub()
+        self._copy(copies)
+        self._announce(first_columns, batch)
+        return first_columns
+
+    def _pages_needed(self, lengths: Mapping[CachedSequence, int]) -> int:
+        """Pages for the new positions, and for the copies of shared pages that are written."""
+        Z = self.page_size
+        new = sum(-(-length // Z) - len(record.pages) for record, length in lengths.items())
+        writers = Counter(record.pages[-1] for record in lengths if record.length % Z > 0)
+        # The last of the users of a page needs no copy.
+        copies = (min(n, self._pages.references(page) - 1) for page, n in writers.items())
+        return new + sum(copies)
+
+    def _copy(self, copies: list[tuple[int, int]]) -> None:
+        """Copy pages as they are stored, in all layers."""
+        if copies:
+            source, target = torch.tensor(copies).to(self.device).unbind(1)
+            for rows in self._rows:
+                rows[target] = rows[source]
+
+    def _scrub(self) -> None:
+        """Zero what became nobody's."""
+        discarded = self._pages.drain_discarded()
+        if discarded and self.scrub_on_free:
+            pages = torch.tensor(discarded).to(self.device)
+            for rows in self._rows:
+                rows[pages] = 0
+
+    def _truncate(self, lengths: Mapping[CachedSequence, int]) -> None:
+        self._settle()
+        self._forget_steps(lengths.keys())
+        for record, length in lengths.items():
+            self._pages.release(record.cut(length, self.page_size))
+        self._scrub()
+        self._announce({record: len(record.pages) for record in lengths})
+
+    def _assign(self, sources: Sequence[tuple[CachedSequence, CachedSequence]]) -> None:
+        """Give each first sequence the contents that the second one has now."""
+        self._settle()
+        copies = [(record, source.copy()) for record, source in sources]
+        self._forget_steps({record for record, _ in copies})
+        for _, copy in copies:
+            self._pages.share(copy.pages)
+        for record, copy in copies:
+            self._pages.release(record.pages)
+            record.become(copy)
+        self._scrub()
+        self._announce({record: 0 for record, _ in copies})
+
+    def _announce(
+        self, first_columns: dict[CachedSequence, int], but: PagedBatch | None = None
+    ) -> None:
+        for batch in self._batches:
+            if batch is not but:
+                batch._follow(first_columns)
+
+    def _begin_step(
+        self, pending: list[bool], spans: list[tuple[CachedSequence, int, int]]
+    ) -> None:
+        if spans:
+            self._steps.append(Step(pending, spans))
+
+    def _forget_steps(self, records: Iterable[CachedSequence]) -> None:
+        """Steps of these sequences that are not finished never will be."""
+        gone = set(records)
+        self._steps = [
+            step for step in self._steps if gone.isdisjoint(record for record, _, _ in step.spans)
+        ]
+
+    def _settle(self) -> None:
+        """Let the pages that finished steps have filled be found."""
+        finished = [step for step in self._steps if not any(step.pending)]
+        if finished:
+            self._steps = [step for step in self._steps if any(step.pending)]
+        for record, begin, end in itertools.chain.from_iterable(step.spans for step in finished):
+            record.finish(begin, end)
+            for page, digest in record.new_digests(self.page_size):
+                self._pages.publish(page, digest)
