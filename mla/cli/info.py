@@ -17,7 +17,7 @@ from mla.cli.console import table
 from mla.codec import Codec, Fp8Codec, Int4Codec, Int8Codec, PlainCodec
 from mla.config import MLAConfig
 from mla.kernels import cpu
-from mla.ops.select import OPS, TABLE, Case, OpName, resolve, supported_impls
+from mla.ops.select import OPS, TABLE, Case, OpName, reason_not_auto, resolve, supported_impls
 from mla.plan import bytes_per_token
 from mla.presets import PRESETS
 
@@ -107,8 +107,9 @@ def _choices() -> list[dict[str, Any]]:
 
 
 def _choice(kind: str, op: OpName, dtype: torch.dtype) -> dict[str, Any]:
+    case = Case(op, kind, dtype)
     try:
-        taken = resolve("auto", Case(op, kind, dtype)).name
+        taken = resolve("auto", case).name
     except UnsupportedError:
         taken = None
     rows = supported_impls(op, device=kind, dtype=dtype)
@@ -119,7 +120,7 @@ def _choice(kind: str, op: OpName, dtype: torch.dtype) -> dict[str, Any]:
         "op": op,
         "dtype": str(dtype).removeprefix("torch."),
         "taken": taken,
-        "not_taken": {name: reason or "runs here, on request only" for name, reason in faster},
+        "not_taken": {name: reason or reason_not_auto(name, case) for name, reason in faster},
     }
 
 

@@ -20,7 +20,7 @@ from mla.checks import (
     require_same,
 )
 from mla.kernels.eager.decode import lse_dtype
-from mla.kernels.prefill_types import Masking
+from mla.kernels.prefill_types import Masking, sizes_of
 from mla.ops.decode import AttentionOutput, check_lengths, check_out_dtype, check_values
 from mla.ops.library import LIBRARY, define, refuse_gradient
 from mla.ops.select import Case, Impl, kernel_for
@@ -38,12 +38,25 @@ def _masking(arguments: tuple[Any, ...]) -> tuple[float, Masking]:
     return scale, Masking(*masking)
 
 
+def _case(query: Tensor, k_rope: Tensor, weight: Tensor, masking: Masking) -> Case:
+    """The same for the forward and the backward pass."""
+    _, N, R, V = sizes_of(query, k_rope, weight)
+    num_keys = k_rope.shape[1] if masking.max_k is None else masking.max_k
+    return Case(
+        "mla_prefill",
+        query.device.type,
+        query.dtype,
+        widths=(N + R, V),
+        num_keys=num_keys,
+    )
+
+
 def _kernel(
     query: Tensor, latent: Tensor, k_rope: Tensor, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale, masking = _masking(arguments[:8])
     out_dtype, save_expanded, impl = arguments[8:]
-    prefill = kernel_for(impl, Case("mla_prefill", query.device.type, query.dtype))
+    prefill = kernel_for(impl, _case(query, k_rope, weight, masking))
     _check_values(masking, query.shape[1], latent.shape[1])
     result: tuple[Tensor, Tensor, Tensor] = prefill(
         query, latent, k_rope, weight, scale, masking, out_dtype or query.dtype, save_expanded
@@ -79,7 +92,7 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, latent, k_rope, weight, out, lse, expanded = arguments[:7]
     scale, masking = _masking(arguments[7:])
-    case = Case("mla_prefill", query.device.type, query.dtype)
+    case = _case(query, k_rope, weight, masking)
     backward = kernel_for(arguments[-1], case, "mla_prefill_backward")
     result: tuple[Tensor, Tensor, Tensor, Tensor] = backward(
         grad_out.to(query.dtype),

@@ -34,6 +34,25 @@ class Case(NamedTuple):
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     codec: str = "plain"
+    widths: tuple[int, int] = (0, 0)  # of keys and of values, N+R and V; prefill alone
+    num_keys: int = 0  # of the longest sequence
+
+
+class Win(NamedTuple):
+    """Prefill that was timed on a device, Triton ahead of the fastest backend of SDPA."""
+
+    architecture: str
+    dtype: torch.dtype
+    widths: tuple[int, int]
+    least_keys: int  # and no measured length above it was slower
+
+
+# From benchmarks/gpu_prefill.py, forward and backward both; empty: nothing has been timed yet.
+PREFILL_WINS: tuple[Win, ...] = ()
+
+
+def _never(case: Case) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -46,6 +65,7 @@ class Implementation:
     note: str
     reason_not: Callable[[Case], str | None]  # None: can run
     kernels: dict[str, str]  # op, or a part of one -> "module:function"
+    reason_passed: Callable[[Case], str | None] = _never  # why "auto" leaves what can run
 
     @property
     def ops(self) -> tuple[OpName, ...]:
@@ -76,6 +96,22 @@ def _triton_reason(case: Case) -> str | None:
     return None
 
 
+def _triton_passed(case: Case) -> str | None:
+    """Prefill is left to SDPA, which is good at it, except where a measurement says otherwise."""
+    if case.op != "mla_prefill":
+        return None
+    from mla.kernels import launch
+
+    architecture = launch.architecture(torch.device(case.device))
+    wins = [win for win in PREFILL_WINS if win.architecture == architecture]
+    if not wins:
+        return f"not yet timed against SDPA on {architecture}; runs on request"
+    kind = (case.dtype, case.widths)
+    if any((win.dtype, win.widths) == kind and case.num_keys >= win.least_keys for win in wins):
+        return None
+    return f"not measured to be faster than SDPA on {architecture} at this shape; runs on request"
+
+
 def _cpp_reason(case: Case) -> str | None:
     if case.device != "cpu":
         return f"needs a CPU, got {case.device}"
@@ -86,7 +122,7 @@ def _cpp_reason(case: Case) -> str | None:
     return cpu.reason_absent()
 
 
-# Fastest first; "auto" takes the first row that can run.
+# Fastest first; "auto" takes the first row that can run and that it does not pass over.
 TABLE: tuple[Implementation, ...] = (
     Implementation(
         name="triton",
@@ -102,6 +138,7 @@ TABLE: tuple[Implementation, ...] = (
             "mla_norm_rope_append": "mla.kernels.append:norm_rope_append",
             "merge_partials": "mla.kernels.merge:merge",
         },
+        reason_passed=_triton_passed,
     ),
     Implementation(
         name="cpp",
@@ -171,13 +208,26 @@ def resolve(impl: str, case: Case) -> Implementation:
     reasons = {row.name: row.reason_not(case) for row in rows}
     able = [row for row in rows if reasons[row.name] is None]
     for row in able:
-        if impl == row.name or (impl == "auto" and case.device in (row.devices or case.device)):
+        if impl == row.name or (impl == "auto" and _passed(row, case) is None):
             return row
     if impl == "auto":
         fact = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
     else:
         fact = f"impl={impl!r} " + (reasons.get(impl) or "does not exist for this op")
     raise UnsupportedError(f"{case.op}: {fact}; this case can run on {[row.name for row in able]}")
+
+
+def _passed(row: Implementation, case: Case) -> str | None:
+    """Why "auto" leaves a row that can run; None: it does not."""
+    if row.devices and case.device not in row.devices:
+        return "runs here, on request only"
+    return row.reason_passed(case)
+
+
+def reason_not_auto(name: str, case: Case) -> str | None:
+    """Why "auto" goes past ``name`` to the rows behind it; None: it takes it."""
+    row = next(row for row in TABLE if row.name == name)
+    return row.reason_not(case) or _passed(row, case)
 
 
 def preferred(impl: Impl, op: OpName) -> Impl:
