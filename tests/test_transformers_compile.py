@@ -15,6 +15,7 @@ from hf_models import left_padded, tiny_model
 from transformers import CompileConfig, StaticCache
 from transformers.masking_utils import create_causal_mask
 
+from mla.codec import Codec, Int4Codec, Int8Codec
 from mla.integrations.transformers import StaticLatentCache, replace_attention
 
 CAPACITY = 19
@@ -91,6 +92,21 @@ def test_compiled_decode(model_type: str, kind: type, mask_outside: bool) -> Non
     assert torch.equal(got, expected)
     assert recorder.num_graphs == 1
     assert recorder.num_joins == (0 if kind is StaticLatentCache else 2)
+
+
+@pytest.mark.parametrize("codec", [Int8Codec(group=16), Int4Codec(group=16)])
+def test_compiled_decode_from_coded_rows(codec: Codec) -> None:
+    ours = tiny_model("deepseek_v3", **DENSE["deepseek_v3"])
+    replace_attention(ours, codec=codec)
+    caches = [StaticLatentCache(ours.config, CAPACITY, codec=codec) for _ in range(2)]
+    expected = greedy(ours, caches[0], ours, mask_outside=False)
+    recorder = Recorder()
+    torch._dynamo.reset()
+    forward = torch.compile(ours.forward, fullgraph=True, backend=recorder)
+    assert torch.equal(greedy(ours, caches[1], forward, mask_outside=False), expected)
+    assert recorder.num_graphs == 1
+    for compiled, eager in zip(caches[1].layers, caches[0].layers, strict=True):
+        assert torch.equal(compiled.rows, eager.rows)
 
 
 def test_generate_compiles_decoding_by_itself() -> None:

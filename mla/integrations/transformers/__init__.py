@@ -14,15 +14,13 @@ Files:
     masks.py     transformers' masks as runs of visible keys
     attend.py    absorbed or expanded attention over cached latents
     caches.py    growing latent buffers under transformers' cache contract
+    coded.py     what those layers hand out when their rows are 8- or 4-bit
+    model_caches.py  the caches of whole models
 """
 
-from mla.integrations.transformers.caches import (
-    LatentCache,
-    LatentCacheLayer,
-    StaticLatentCache,
-    StaticLatentLayer,
-)
+from mla.integrations.transformers.caches import LatentCacheLayer, StaticLatentLayer
 from mla.integrations.transformers.masks import key_run_mask
+from mla.integrations.transformers.model_caches import LatentCache, StaticLatentCache
 from mla.integrations.transformers.replace import (
     ReplacementReport,
     replace_attention,

@@ -4,12 +4,16 @@
     many queries or training   expanded: `mla.ops.mla_prefill`, which keeps no keys and values
     any other mask, dropout    expanded through `kv_b_proj` itself and SDPA, as transformers does it
 
+Coded rows are decoded inside `mla_decode`, tile by tile. Where keys are expanded, the new tokens
+see each other as they are and the earlier ones as they are stored, as in `mla.module`.
+
 Dims: B batch, L queries, H heads, T cached keys, C latent width, N unrotated width, R rotated
 width, V value width.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +22,8 @@ from torch import Tensor, nn
 from mla.absorb import absorb_output, absorb_queries, effective_weight, split_kv_b
 from mla.checks import UnsupportedError
 from mla.integrations.transformers.masks import KeyRuns, boolean_mask, key_runs
-from mla.ops import mla_decode, mla_prefill
+from mla.ops import mla_decode, mla_gather, mla_prefill
+from mla.ops.append import Rows
 from mla.ops.select import preferred
 from mla.plan import should_absorb
 from mla.view import CacheView
@@ -30,6 +35,67 @@ class Sizes(NamedTuple):
     kv_lora_rank: int
     qk_nope_head_dim: int
     v_head_dim: int
+
+
+class PlainKeys(NamedTuple):
+    """Cached latents ``[B, 1, T, C]`` and shared keys ``[B, 1, T, R]`` as they are."""
+
+    latent: Tensor
+    k_rope: Tensor
+
+    @property
+    def num_keys(self) -> int:
+        return self.latent.shape[2]
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.latent.requires_grad or self.k_rope.requires_grad
+
+    def first(self, num_keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``[B, 1, num_keys, C]`` and ``[B, 1, num_keys, R]`` of the first keys."""
+        if num_keys == self.num_keys:
+            return self.latent.to(dtype), self.k_rope.to(dtype)
+        return self.latent[:, :, :num_keys].to(dtype), self.k_rope[:, :, :num_keys].to(dtype)
+
+    def view(self, runs: KeyRuns, dtype: torch.dtype) -> CacheView:
+        """The visible keys for `mla_decode`."""
+        latent, k_rope = self.first(runs.num_keys, dtype)
+        rows_BTW = joint_rows(latent, k_rope)
+        lengths = _lengths(runs, rows_BTW)
+        C, R = latent.shape[-1], k_rope.shape[-1]
+        return CacheView.dense(rows_BTW, lengths, C=C, R=R, starts=runs.starts)
+
+
+class CodedKeys(NamedTuple):
+    """Cached tokens as coded rows, and the new ones at their end also unquantised."""
+
+    stored: CacheView
+    fresh: Rows  # [B, L, C] and [B, L, R]
+
+    @property
+    def num_keys(self) -> int:
+        return self.stored.max_length
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    def first(self, num_keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As of `PlainKeys`; the new tokens unquantised, 0 where nothing is stored."""
+        latent, k_rope = (x.to(dtype) for x in self.fresh)
+        L = latent.shape[1]
+        if num_keys > L:
+            held = mla_gather(self.stored, 0, num_keys, dtype=dtype)
+            begin = (self.stored.lengths[:1] - L).long()  # the same in all rows
+            positions = begin + torch.arange(L, device=latent.device)
+            latent = held.latent.index_copy(1, positions, latent)
+            k_rope = held.k_rope.index_copy(1, positions, k_rope)
+        return latent[:, None], k_rope[:, None]
+
+    def view(self, runs: KeyRuns, dtype: torch.dtype) -> CacheView:
+        """The visible keys for `mla_decode`, where they lie."""
+        lengths = _lengths(runs, self.stored.rows)
+        return replace(self.stored, lengths=lengths, starts=runs.starts, max_length=runs.num_keys)
 
 
 def attend(
@@ -70,23 +136,42 @@ def attend(
     Raises:
         UnsupportedError: ``kv_b_proj`` is not one plain matrix.
     """
-    L, T = query.shape[2], latent.shape[2]
+    keys = PlainKeys(latent, k_rope)
+    return attend_keys(query, keys, kv_b_proj, nope_dim, value_dim, mask, scale, dropout, impl)
+
+
+def attend_keys(
+    query: Tensor,
+    keys: PlainKeys | CodedKeys,
+    kv_b_proj: nn.Module,
+    nope_dim: int,
+    value_dim: int,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+    impl: Any = "auto",
+) -> Tensor:
+    """`attend` to keys that may be coded; no gradient flows into coded ones."""
+    L, T = query.shape[2], keys.num_keys
     runs = key_runs(mask, L, T)
     weight = None if runs is None or dropout > 0.0 else _weight(kv_b_proj)
     if runs is None or weight is None:
+        latent, k_rope = keys if isinstance(keys, PlainKeys) else keys.first(T, query.dtype)
         visible = boolean_mask(mask, L, T)
         return _attend_masked(
             query, latent, k_rope, kv_b_proj, nope_dim, value_dim, visible, scale, dropout
         )
-    if runs.num_keys < T:
-        latent, k_rope = latent[:, :, : runs.num_keys], k_rope[:, :, : runs.num_keys]
     dtype = _compute_dtype(query)
-    query, latent, k_rope, weight = (x.to(dtype) for x in (query, latent, k_rope, weight))
-    sizes: Any = Sizes(latent.shape[-1], nope_dim, value_dim)
-    tensors = (query, latent, k_rope, weight)
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    query, weight = query.to(dtype), weight.to(dtype)
+    C = weight.shape[-1]
+    needs_grad = torch.is_grad_enabled() and (
+        query.requires_grad or weight.requires_grad or keys.requires_grad
+    )
+    sizes: Any = Sizes(C, nope_dim, value_dim)
     if not needs_grad and should_absorb(L, runs.num_keys, sizes):
-        return _attend_absorbed(*tensors, nope_dim, value_dim, runs, scale, impl)
+        view = keys.view(runs, dtype)
+        return _attend_absorbed(query, view, weight, nope_dim, value_dim, scale, impl)
+    latent, k_rope = keys.first(runs.num_keys, dtype)
     return mla_prefill(
         query.transpose(1, 2),
         latent[:, 0],
@@ -117,25 +202,19 @@ def _weight(kv_b_proj: nn.Module) -> Tensor | None:
         raise
 
 
+def _lengths(runs: KeyRuns, like: Tensor) -> Tensor:
+    """``[B]`` int32, one past the last visible key."""
+    if runs.lengths is not None:
+        return runs.lengths
+    return torch.full((like.shape[0],), runs.num_keys, dtype=torch.int32, device=like.device)
+
+
 def _attend_absorbed(
-    query: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
-    weight: Tensor,
-    N: int,
-    V: int,
-    runs: KeyRuns,
-    scale: float,
-    impl: Any,
+    query: Tensor, view: CacheView, weight: Tensor, N: int, V: int, scale: float, impl: Any
 ) -> Tensor:
-    B, H, _, width = query.shape
+    H, width = query.shape[1], query.shape[3]
     q_nope_BLHN, q_rope_BLHR = query.transpose(1, 2).split([N, width - N], dim=-1)
     w_uk, w_uv = split_kv_b(weight, H, N, V)
-    rows_BTW = joint_rows(latent, k_rope)
-    lengths = runs.lengths
-    if lengths is None:
-        lengths = torch.full((B,), runs.num_keys, dtype=torch.int32, device=query.device)
-    view = CacheView.dense(rows_BTW, lengths, C=latent.shape[-1], R=width - N, starts=runs.starts)
     q_latent = absorb_queries(q_nope_BLHN, w_uk)
     out = mla_decode(
         q_latent, q_rope_BLHR, view, scale=scale, impl=preferred(impl, "mla_decode")

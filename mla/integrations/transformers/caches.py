@@ -1,9 +1,11 @@
-"""Latent caches under transformers' `Cache` contract, one growing buffer per layer.
+"""Layers of latent caches under transformers' cache contract, one growing buffer each.
 
     rows [B, capacity, C+R]   latent first, then the shared rotated key; the first T are filled
+    rows [B, capacity, W]     the same as uint8, W bytes each, with a codec of `mla.codec`
 
 transformers' own `DynamicCache` copies all it holds at every token; here a token is written into
-a buffer that grows by half when it is full, and both parts are handed out as views of it.
+a buffer that grows by half when it is full. Plain rows are handed out as two views of it, coded
+ones as one `CacheView`, which only replaced attention layers can read (see `coded`).
 
 Dims: B batch, L new tokens, T cached tokens, C latent width, R rotated width.
 """
@@ -14,15 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    StaticCache,
-    StaticLayer,
-)
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from mla.checks import ShapeError
+from mla.codec import Codec, PlainCodec
+from mla.integrations.transformers.coded import append_coded, refuse_gradient
+from mla.ops import mla_gather
+from mla.view import CacheView
 
 GROWTH = 1.5  # a full buffer is replaced by one of this many times its rows
 
@@ -32,48 +32,61 @@ class LatentCacheLayer(CacheLayerMixin):
 
     Takes what the attention layers of transformers pass to ``update``, ``[B, 1, L, C]`` and
     ``[B, 1, L, R]``; sizes, dtype and device are those of the first call. Outside ``torch.no_grad``
-    rows are joined into a new buffer instead: a recorded step may need the old one again.
+    plain rows are joined into a new buffer instead: a recorded step may need the old one again.
+    Coded rows carry no gradient: an update that would need one raises.
+
+    Args:
+        codec: how rows are stored; None: plain values.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self) -> None:
+    def __init__(self, codec: Codec | None = None) -> None:
         # Not the parent's: it assigns ``keys`` and ``values``, which are views here.
-        self.rows: Tensor | None = None  # [B, capacity, C+R]
+        self.codec = codec or PlainCodec()
+        self.rows: Tensor | None = None  # [B, capacity, C+R], or [B, capacity, W] uint8
         self.length = 0
-        self.latent_width = 0
+        self.latent_width = self.rope_width = 0
         self.is_initialized = False
         self.is_recorded = False  # autograd may need the buffer as it is
 
     @property
     def keys(self) -> Tensor | None:
-        """``[B, 1, T, C]`` view of the latents, None before the first token."""
+        """``[B, 1, T, C]`` latents, None before the first token; coded rows are decoded anew."""
         return None if self.rows is None else self._views()[0]
 
     @property
     def values(self) -> Tensor | None:
-        """``[B, 1, T, R]`` view of the shared keys, None before the first token."""
+        """``[B, 1, T, R]`` shared keys, None before the first token; see `keys`."""
         return None if self.rows is None else self._views()[1]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Set widths, dtype and device from the first tokens; allocates no rows."""
         B, _, _, C = key_states.shape
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)
-        self.latent_width = C
-        self.rows = key_states.new_empty(B, 0, C + value_states.shape[-1], dtype=dtype)
+        self.latent_width, self.rope_width = C, value_states.shape[-1]
+        width = self.codec.row_width(C, self.rope_width)
+        self.rows = key_states.new_empty(B, 0, width, dtype=self.codec.storage_dtype(dtype))
         self.dtype, self.device = dtype, key_states.device
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Append ``[B, 1, L, C]`` and ``[B, 1, L, R]``; returns views of all T tokens.
+    ) -> tuple[Any, Any]:
+        """Append ``[B, 1, L, C]`` and ``[B, 1, L, R]``.
+
+        Returns:
+            Plain rows: views of all T tokens, ``[B, 1, T, C]`` and ``[B, 1, T, R]``. Coded rows:
+            the `CacheView` of all T tokens and the L new ones unquantised.
 
         Raises:
             ShapeError: sizes other than those of the rows held; the cache stays as it was.
+            UnsupportedError: a gradient would have to pass through coded rows.
         """
-        _check_states(key_states, value_states, self.rows)
+        _check_states(key_states, value_states, self)
+        if self.codec.kind != "plain":
+            return self._update_coded(key_states, value_states)
         if self.rows is None:
             self.lazy_initialization(key_states, value_states)
         begin, end = self.length, self.length + key_states.shape[2]
@@ -89,6 +102,24 @@ class LatentCacheLayer(CacheLayerMixin):
             self.rows[:, begin:end, C:] = value_states[:, 0]
         self.length = end
         return self._views()
+
+    def _update_coded(self, key_states: Tensor, value_states: Tensor) -> tuple[Any, Any]:
+        refuse_gradient(key_states, value_states)
+        if self.rows is None:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        assert self.rows is not None
+        self.rows = self._reserved(self.rows, end)
+        result = append_coded(
+            self.rows,
+            self._lengths(end),
+            end,
+            key_states.to(self.dtype),
+            value_states.to(self.dtype),
+            self.codec,
+        )
+        self.length = end
+        return result
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that the next ``query_length`` queries will meet, and the first one's position."""
@@ -155,8 +186,15 @@ class LatentCacheLayer(CacheLayerMixin):
 
     def _views(self) -> tuple[Tensor, Tensor]:
         assert self.rows is not None
+        if self.codec.kind != "plain":
+            return _decoded(self, self._lengths(self.length), self.length)
         filled = self.rows[:, None, : self.length]
         return filled[..., : self.latent_width], filled[..., self.latent_width :]
+
+    def _lengths(self, length: int) -> Tensor:
+        assert self.rows is not None
+        B = self.rows.shape[0]
+        return torch.full((B,), length, dtype=torch.int32, device=self.rows.device)
 
     def _reserved(self, held: Tensor, length: int) -> Tensor:
         """A buffer with room for ``length`` rows that may be written in place."""
@@ -177,32 +215,40 @@ class StaticLatentLayer(StaticLayer):
 
     Args:
         max_cache_len: capacity in tokens.
+        codec: how rows are stored; None: plain values.
     """
 
-    def __init__(self, max_cache_len: int) -> None:
+    def __init__(self, max_cache_len: int, codec: Codec | None = None) -> None:
         # Not the parent's: it assigns ``keys`` and ``values``, which are views here.
         self.max_cache_len = max_cache_len
+        self.codec = codec or PlainCodec()
         self.cumulative_length = torch.tensor(0, dtype=torch.int64)
-        self.rows: Tensor | None = None  # [B, max_cache_len, C+R]
+        self.rows: Tensor | None = None  # [B, max_cache_len, C+R], or [B, max_cache_len, W] uint8
+        self.latent_width = self.rope_width = 0
         self.is_initialized = False
 
     @property
     def keys(self) -> Tensor | None:
-        """``[B, 1, max_cache_len, C]`` view of the latents, None before the first token."""
-        return None if self.rows is None else self.rows[:, None, :, : self.latent_width]
+        """``[B, 1, max_cache_len, C]`` latents, None before the first token; see `values`."""
+        return None if self.rows is None else self._views()[0]
 
     @property
     def values(self) -> Tensor | None:
-        """``[B, 1, max_cache_len, R]`` view of the shared keys, None before the first token."""
-        return None if self.rows is None else self.rows[:, None, :, self.latent_width :]
+        """``[B, 1, max_cache_len, R]`` shared keys, None before the first token.
+
+        Coded rows are decoded anew, with 0 in the slots that are not filled.
+        """
+        return None if self.rows is None else self._views()[1]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the rows for the batch, widths, dtype and device of the first tokens."""
         self.batch_size, _, _, C = key_states.shape
         self.dtype = torch.promote_types(key_states.dtype, value_states.dtype)
         self.device, self.latent_width = key_states.device, C
-        shape = (self.batch_size, self.max_cache_len, C + value_states.shape[-1])
-        self.rows = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self.rope_width = value_states.shape[-1]
+        width = self.codec.row_width(C, self.rope_width)
+        shape, stored = (self.batch_size, self.max_cache_len, width), self.codec.storage_dtype
+        self.rows = torch.zeros(shape, dtype=stored(self.dtype), device=self.device)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not torch.compiler.is_compiling():  # keeps CUDA graphs from copying their inputs
             torch._dynamo.mark_static_address(self.rows)
@@ -211,18 +257,35 @@ class StaticLatentLayer(StaticLayer):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write ``[B, 1, L, C]`` and ``[B, 1, L, R]``; returns views of all slots."""
-        _check_states(key_states, value_states, self.rows)
+    ) -> tuple[Any, Any]:
+        """Write ``[B, 1, L, C]`` and ``[B, 1, L, R]``; returns what `LatentCacheLayer` does.
+
+        Views are of all slots.
+        """
+        _check_states(key_states, value_states, self)
+        is_coded = self.codec.kind != "plain"
+        if is_coded:
+            refuse_gradient(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         L, rows = key_states.shape[2], self.rows
         assert rows is not None
+        if is_coded:
+            self.cumulative_length.add_(L)
+            key_states, value_states = (x.to(self.dtype) for x in (key_states, value_states))
+            lengths, capacity = self._lengths(), self.max_cache_len
+            return append_coded(rows, lengths, capacity, key_states, value_states, self.codec)
         positions = torch.arange(L, device=self.device) + self.cumulative_length
         self.cumulative_length.add_(L)
         new_rows = torch.cat((key_states[:, 0], value_states[:, 0]), dim=-1)
         rows.index_copy_(1, positions, new_rows.to(rows.dtype))
-        return rows[:, None, :, : self.latent_width], rows[:, None, :, self.latent_width :]
+        return self._views()
+
+    def reset(self) -> None:
+        """Forget everything; the buffer stays and is zeroed."""
+        if self.rows is not None:
+            self.rows.zero_()
+        self.cumulative_length.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row ``beam_idx[b]`` was, in place."""
@@ -239,63 +302,43 @@ class StaticLatentLayer(StaticLayer):
         if self.rows is not None and self.rows.device != self.device:
             self.rows = self.rows.to(self.device, non_blocking=True)
 
-
-class LatentCache(DynamicCache):
-    """A `DynamicCache` whose full-attention layers are `LatentCacheLayer`.
-
-    ``model.generate`` makes one by itself after `replace_attention`; a model that was not replaced
-    can use one too. Linear and sliding layers of hybrid models keep the cache that transformers
-    gives them.
-
-    Args:
-        config: of the model, or of one with a text model inside.
-        offloading: as in `DynamicCache`.
-    """
-
-    def __init__(self, config: Any, **kwargs: Any) -> None:
-        super().__init__(config=config, **kwargs)
-        hold_latents_(self)
-
     @property
     def nbytes(self) -> int:
-        """Bytes of all latent buffers, unused rows included."""
-        return sum(layer.nbytes for layer in self.layers if isinstance(layer, LatentCacheLayer))
+        """Bytes of the buffer, unused rows included."""
+        return 0 if self.rows is None else self.rows.nbytes
+
+    def _views(self) -> tuple[Tensor, Tensor]:
+        assert self.rows is not None
+        if self.codec.kind != "plain":
+            return _decoded(self, self._lengths(), self.max_cache_len)
+        slots = self.rows[:, None]
+        return slots[..., : self.latent_width], slots[..., self.latent_width :]
+
+    def _lengths(self) -> Tensor:
+        assert self.rows is not None
+        return self.cumulative_length.to(torch.int32).repeat(self.rows.shape[0])
 
 
-class StaticLatentCache(StaticCache):
-    """A `StaticCache` whose full-attention layers are `StaticLatentLayer`.
-
-    ``model.generate(..., cache_implementation="static")`` makes such layers by itself after
-    `replace_attention`.
-
-    Args:
-        config: of the model, or of one with a text model inside.
-        max_cache_len: capacity in tokens.
-        offloading: as in `StaticCache`.
-    """
-
-    def __init__(self, config: Any, max_cache_len: int, **kwargs: Any) -> None:
-        super().__init__(config, max_cache_len, **kwargs)
-        hold_latents_(self)
+def _decoded(
+    layer: LatentCacheLayer | StaticLatentLayer, lengths: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor]:
+    """Coded rows of a layer as latents ``[B, 1, slots, C]`` and keys ``[B, 1, slots, R]``."""
+    assert layer.rows is not None
+    C, R = layer.latent_width, layer.rope_width
+    view = CacheView.dense(layer.rows, lengths, C=C, R=R, codec=layer.codec)
+    latent, k_rope = mla_gather(view, 0, num_slots, dtype=layer.dtype)
+    return latent[:, None], k_rope[:, None]
 
 
-def hold_latents_(cache: Any) -> None:
-    """Give an empty dynamic or static cache of transformers latent layers for full attention."""
-    cache.layers = [_latent_layer(layer) for layer in cache.layers]
-
-
-def _latent_layer(layer: Any) -> Any:
-    if type(layer) is DynamicLayer:
-        return LatentCacheLayer()
-    return StaticLatentLayer(layer.max_cache_len) if type(layer) is StaticLayer else layer
-
-
-def _check_states(key_states: Tensor, value_states: Tensor, rows: Tensor | None) -> None:
+def _check_states(
+    key_states: Tensor, value_states: Tensor, layer: LatentCacheLayer | StaticLatentLayer
+) -> None:
     B, L = key_states.shape[0], key_states.shape[2]
     C, R = key_states.shape[-1], value_states.shape[-1]
     fits = key_states.shape == (B, 1, L, C) and value_states.shape == (B, 1, L, R)
+    rows = layer.rows
     if rows is not None:
-        fits = fits and rows.shape[0] == B and rows.shape[2] == C + R
+        fits = fits and rows.shape[0] == B and (layer.latent_width, layer.rope_width) == (C, R)
     if not fits:
         held = "nothing yet" if rows is None else f"rows of shape {tuple(rows.shape)}"
         raise ShapeError(

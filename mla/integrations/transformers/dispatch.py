@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from mla.checks import UnsupportedError
-from mla.integrations.transformers.attend import attend
+from mla.integrations.transformers.attend import CodedKeys, PlainKeys, attend_keys
 from mla.integrations.transformers.masks import boolean_mask, is_packed, key_run_mask
+from mla.view import CacheView
 
 IMPLEMENTATION = "mla"  # the name in config._attn_implementation
 MASKS = (IMPLEMENTATION, "sdpa", "eager")  # whose masks replaced layers can read
@@ -40,8 +41,8 @@ PACKING = {"cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "se
 def attention_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Any,
+    value: Any,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -50,6 +51,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention function of replaced layers; ``key`` and ``value`` are latent and shared key.
 
+    From a cache of coded rows they are the `CacheView` of the rows and the new tokens unquantised.
     A layer that was not replaced gets here when its model was built from the config of one that
     was: it is given transformers' own attention.
     """
@@ -68,15 +70,15 @@ def attention_forward(
             f"one of {MASKS} beside replaced layers; call replace_attention(model) again, or "
             "restore_attention(model) to use the other attention"
         )
-    _check_keywords(kwargs, attention_mask, key.shape[2])
-    out = attend(
+    keys = CodedKeys(key, value) if isinstance(key, CacheView) else PlainKeys(key, value)
+    _check_keywords(kwargs, attention_mask, keys.num_keys)
+    out = attend_keys(
         query,
-        key,
-        value,
+        keys,
         layer.kv_b_proj,
         nope_dim=layer.qk_nope_head_dim,
         value_dim=layer.v_head_dim,
-        mask=_mask_for(layer, attention_mask, is_causal, query.shape[2], key),
+        mask=_mask_for(layer, attention_mask, is_causal, query, keys.num_keys),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=dropout,
         impl=record.impl,
@@ -85,9 +87,10 @@ def attention_forward(
 
 
 def _mask_for(
-    layer: Any, mask: Tensor | None, is_causal: bool | None, num_queries: int, key: Tensor
+    layer: Any, mask: Tensor | None, is_causal: bool | None, query: Tensor, num_keys: int
 ) -> Tensor | None:
     """The mask, spelled out where a missing one means that every query sees every key."""
+    num_queries = query.shape[2]
     if is_causal is None:
         is_causal = getattr(layer, "is_causal", True)
     if is_causal or num_queries == 1:
@@ -98,7 +101,7 @@ def _mask_for(
             "config.is_causal = False for bidirectional attention"
         )
     if mask is None:
-        mask = torch.ones(1, 1, num_queries, key.shape[2], dtype=torch.bool, device=key.device)
+        mask = torch.ones(1, 1, num_queries, num_keys, dtype=torch.bool, device=query.device)
     return mask
 
 

@@ -24,9 +24,9 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from mla.absorb import effective_weight
 from mla.checks import UnsupportedError
-from mla.codec import Codec, PlainCodec
-from mla.integrations.transformers.caches import LatentCache, hold_latents_
+from mla.codec import Codec
 from mla.integrations.transformers.dispatch import IMPLEMENTATION, RECORD
+from mla.integrations.transformers.model_caches import LatentCache, hold_latents_
 
 LAYER_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
@@ -59,25 +59,27 @@ def replace_attention(
     """Make the MLA layers of ``model`` decode straight from their latents, changed in place.
 
     ``generate`` then also uses a `LatentCache` where the caller chose no cache, and latent layers
-    in a static one. Tokens stay those of the stock model up to rounding. Calling it again replaces
-    again, with the new options. All layers of one decoder share a mask, so a decoder is replaced
-    whole or left whole.
+    in a static one. With plain rows tokens stay those of the stock model up to rounding; with coded
+    ones, those of a model whose earlier tokens were replaced by what is left of them. Calling it
+    again replaces again, with the new options. All layers of one decoder share a mask, so a decoder
+    is replaced whole or left whole.
 
     Args:
         model: a model of transformers 5.15 or newer, or a module that holds one (a peft model).
-        codec: how cached rows are stored; only the plain codec for now.
+        codec: how the caches that ``generate`` makes store their rows; None: plain values. A cache
+            that the caller passes keeps its own, see `LatentCache`.
         impl: as in `mla.ops.mla_decode`.
 
     Returns:
         The report; layers that cannot be replaced are listed with the reason.
 
     Raises:
-        UnsupportedError: ``model`` has no MLA layer, or ``codec`` is not plain.
+        UnsupportedError: ``model`` has no MLA layer, or ``codec`` is none of `mla.codec`.
     """
-    if not isinstance(codec, PlainCodec | None):
+    if not isinstance(codec, Codec | None):
         raise UnsupportedError(
-            f"replace_attention: codec has value {codec}, expected None or PlainCodec(); "
-            "coded rows are available in mla.DenseLatentCache"
+            f"replace_attention: codec has value {codec!r}, expected None or a codec of mla.codec, "
+            "such as Int8Codec()"
         )
     if not any(_is_mla_layer(module) for module in model.modules()):
         raise UnsupportedError(
@@ -86,7 +88,7 @@ def replace_attention(
         )
     restore_attention(model)
     replaced, left = _plan(model)
-    _replace_models(model, [owner for _, owner in replaced.values()])
+    _replace_models(model, replaced, codec)
     copies: dict[int, Any] = {}
     for layer, owner in replaced.values():
         config = copies.setdefault(id(layer.config), copy.copy(layer.config))
@@ -121,8 +123,8 @@ def restore_attention(model: nn.Module) -> None:
 class _CachePreparer:
     """``_prepare_cache_for_generation`` of one model, with a `LatentCache` as the default."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, codec: Codec | None, layers: frozenset[int]) -> None:
+        self.model, self.codec, self.layers = model, codec, layers
 
     def __call__(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -134,9 +136,9 @@ class _CachePreparer:
         chosen = generation_config.cache_implementation
         if given is None and type(cache) is DynamicCache and chosen is None:
             cache.__class__ = LatentCache
-            hold_latents_(cache)
+            hold_latents_(cache, self.codec, self.layers)
         elif given is None and type(cache) is StaticCache:
-            hold_latents_(cache)
+            hold_latents_(cache, self.codec, self.layers)
         return result
 
 
@@ -210,9 +212,12 @@ def _plan(model: nn.Module) -> tuple[dict[str, tuple[Any, Any]], dict[str, str]]
     return replaced, left
 
 
-def _replace_models(model: nn.Module, owners: list[Any]) -> None:
+def _replace_models(
+    model: nn.Module, replaced: dict[str, tuple[Any, Any]], codec: Codec | None
+) -> None:
     """Give the owners of replaced layers and the models around them configs of their own."""
-    owned = {id(owner.config) for owner in owners}
+    owned = {id(owner.config) for _, owner in replaced.values()}
+    layers = {id(layer) for layer, _ in replaced.values()}
     copies: dict[int, Any] = {}
     for module in list(model.modules()):
         if not isinstance(module, PreTrainedModel):
@@ -223,7 +228,9 @@ def _replace_models(model: nn.Module, owners: list[Any]) -> None:
         setattr(module, RECORD, _Record(module.config))
         module.config = config
         if hasattr(module, "_prepare_cache_for_generation"):
-            vars(module)["_prepare_cache_for_generation"] = _CachePreparer(module)
+            below: list[Any] = [x for x in module.modules() if id(x) in layers]
+            indices = frozenset(layer.layer_idx for layer in below)
+            vars(module)["_prepare_cache_for_generation"] = _CachePreparer(module, codec, indices)
 
 
 def _own_config(config: Any, owned: set[int], copies: dict[int, Any]) -> Any:
