@@ -1,11 +1,14 @@
 """Breaks of the Triton kernels; the tests that must notice run in the interpreter."""
 
+from mutants_prefill import MUTANTS as BREAKS_OF_PREFILL
+
 from tools.mutants import Mutant
 
 DECODE = "tests/kernels/test_triton_decode.py"
 APPEND = "tests/kernels/test_triton_append.py"
 MERGE = "tests/kernels/test_triton_merge.py"
 SPLITS = "tests/kernels/test_triton_splits.py"
+LAUNCH = "tests/kernels/test_launch.py"
 BENCHMARKS = "tests/kernels/test_gpu_benchmarks.py"
 
 
@@ -14,6 +17,7 @@ def _break(name: str, file: str, original: str, broken: str, *tests: str) -> Mut
 
 
 MUTANTS: list[Mutant] = [
+    *BREAKS_OF_PREFILL,
     _break(
         "decode-reads-behind-the-end",
         "mla/kernels/decode.py",
@@ -164,11 +168,25 @@ MUTANTS: list[Mutant] = [
         f"{APPEND}::test_bytes_equal_those_of_plain_pytorch",
     ),
     _break(
+        "append-32-bit-pages",
+        "mla/kernels/append.py",
+        "page = tl.load(table_ptr + b * M + column // SHARDS).to(tl.int64)",
+        "page = tl.load(table_ptr + b * M + column // SHARDS)",
+        f"{APPEND}::test_pool_beyond_2_31_bytes",
+    ),
+    _break(
         "append-rounds-the-norm-away",
         "mla/kernels/append.py",
         "mean = tl.sum(x * x, axis=0) / C",
         "mean = tl.sum(x * x, axis=0) / BLOCK_C",
         f"{APPEND}::test_fused_form_normalises_and_rotates",
+    ),
+    _break(
+        "kernels-run-on-the-current-device",
+        "mla/kernels/launch.py",
+        "with torch.cuda.device(device):",
+        "if True:",
+        f"{LAUNCH}::test_a_kernel_runs_on_the_device_of_its_tensors",
     ),
     _break(
         "baseline-forgets-a-split",

@@ -11,6 +11,7 @@ from strategies import CODECS, LATENT_WIDTHS, PAGE_SIZES, ROPE_WIDTHS, SEEDS
 from torch import Tensor
 
 from mla import reference
+from mla.codec import Fp8Codec
 from mla.ops import mla_append, mla_norm_rope_append
 from mla.view import CacheView
 
@@ -96,6 +97,24 @@ def test_fused_form_normalises_and_rotates(
     again = on_device(draw_view(C, R, codec, dtype, page_size, lengths, seed))
     mla_append(again, *rows, impl="triton")
     assert torch.equal(bits(again.rows), bits(view.rows)), "stored as the fresh rows would be"
+
+
+def test_pool_beyond_2_31_bytes() -> None:
+    """A table that points at the last page: 32-bit offsets would write somewhere else."""
+    codec, C, R, Z = Fp8Codec(), 512, 64, 16
+    num_pages = 2**31 // (Z * codec.row_width(C, R)) + 2
+    shape = (num_pages, Z, codec.row_width(C, R))
+    rows = torch.empty(shape, dtype=torch.uint8, device=DEVICE)  # lazily backed
+    rows[-1] = 0
+    small = rows[-1:].clone()
+    table = torch.tensor([[num_pages - 1]], dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor([Z - 3], dtype=torch.int32, device=DEVICE)
+    fresh = on_device((randn(1, 5, C, seed=0), randn(1, 5, R, seed=1)))
+    for pool, pages in ((rows, table), (small, torch.zeros_like(table))):
+        view = CacheView.paged(pool, pages, lengths, C=C, R=R, codec=codec)
+        mla_append(view, *fresh, impl="triton")
+    assert torch.equal(rows[-1], small[0]) and small[0, Z - 8 : Z - 3].any()
+    assert not small[0, : Z - 8].any() and not small[0, Z - 3 :].any()
 
 
 def test_nan_stays_visible_in_coded_rows() -> None:

@@ -10,7 +10,7 @@ from devices import DEVICE, DTYPES, on_cpu, on_device
 from helpers import assert_lse_within_budget, assert_within_budget, stored_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import CODED, HEADS, SEEDS, DecodeCase, decode_cases
+from strategies import CODECS, CODED, HEADS, SEEDS, DecodeCase, decode_cases
 from test_decode import attend
 
 pytest.importorskip("triton")
@@ -66,6 +66,30 @@ def test_matches_the_oracle(case: DecodeCase) -> None:
 @given(case=CODED_CASES)
 def test_matches_the_oracle_on_coded_rows(case: DecodeCase) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.spec)
+def test_corners_of_every_codec(codec) -> None:
+    """Pages of one token, no rotated part, odd widths, more rows than a tile, empty rows."""
+    plain = {"query_lengths": None, "codec": codec, "magnitudes": (1.0, 1.0)}
+    check(
+        DecodeCase(
+            L=3, H=9, C=40, R=0, lengths=(37, 0), starts=None, page_size=1, seed=0,
+            dtype=torch.float32, **plain,
+        )
+    )  # fmt: skip
+    check(
+        DecodeCase(
+            L=5, H=5, C=7, R=6, lengths=(45, 2), starts=(33, 2), page_size=3, seed=1,
+            dtype=torch.bfloat16, **plain,
+        )
+    )  # fmt: skip
+    check(
+        DecodeCase(
+            L=1, H=3, C=130, R=2, lengths=(64, 17), starts=None, page_size=32, seed=2,
+            dtype=torch.float16, **plain,
+        )
+    )  # fmt: skip
 
 
 @settings(max_examples=8)

@@ -259,6 +259,34 @@ def test_a_key_changes_nothing_before_it(t, seed) -> None:
     assert not torch.equal(after.lse[:, t:], before.lse[:, t:])
 
 
+@pytest.mark.parametrize("given", [(), ("key_starts",), ("key_lengths",)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_bounds_that_are_not_given(given, causal) -> None:
+    """Without key_starts rows begin at 0, without key_lengths they end with the tensor."""
+    case = Case(spans=((18, 3, 35), (18, 0, 19)), causal=causal)
+    inputs = tuple(x.nan_to_num(0.5) for x in case.inputs())
+    masking = {name: x if name in given else None for name, x in case.masking().items()}
+    starts = [begin if "key_starts" in given else 0 for _, begin, _ in case.spans]
+    ends = [end if "key_lengths" in given else case.S for _, _, end in case.spans]
+    bounds = [(18, begin, end) for begin, end in zip(starts, ends, strict=True)]
+    oracle = replace(case, spans=tuple(bounds))
+    found = outputs(case, inputs, **masking)
+    expected = outputs(oracle, double(inputs), by_oracle=True)
+    plain = outputs(oracle, inputs, by_oracle=True)
+    for name, *three in zip(("out", "lse", *NAMES), found, expected, plain, strict=True):
+        assert_within_budget(*three, name, least=16.0)
+
+
+def test_a_query_that_sees_no_key_may_hold_anything() -> None:
+    case = Case(spans=((20, 0, 3),))
+    query, *others = case.inputs()
+    expected = outputs(case, (query, *others))
+    query = query.clone()
+    query[:, :17] = float("nan")
+    for actual, wanted in zip(outputs(case, (query, *others)), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
 def strided(x: Tensor) -> Tensor:
     """The same values with gaps between all elements."""
     shape = [2 * size for size in x.shape]
