@@ -12,6 +12,8 @@ a real run, and where TRITON_INTERPRET=1 is set small cases are held against the
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -129,19 +131,34 @@ def _run_part(
         command = [sys.executable, "-m", "benchmarks.gpu", "--in-process", "--part", part]
         command += ["--out", str(arguments.out), "--commit", commit, "--seconds", str(left)]
         command += ["--fresh"] * is_fresh + (["--only", *arguments.only] if arguments.only else [])
-        try:
-            done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=left + GRACE)
-        except subprocess.TimeoutExpired:
+        status = _status(command, left + GRACE)
+        if status is None:
             return False, f"{verdict(part, arguments.out)[1]}, stopped after {seconds:.0f} s"
-        if done.returncode == 0:
+        if status == 0:
             return verdict(part, arguments.out)
         after = len(gpu_measure.read(part, arguments.out)[1])
         if part == "tests" or after <= before or time.monotonic() > deadline - GRACE:
-            return False, f"{verdict(part, arguments.out)[1]}, exit status {done.returncode}"
+            return False, f"{verdict(part, arguments.out)[1]}, exit status {status}"
         is_fresh = False
 
 
+def _status(command: Sequence[str], seconds: float) -> int | None:
+    """Exit status, or None where time ran out: then nothing that the command started lives on."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True)
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
 def _git_commit() -> str:
+    """Of this tree; a repository around a tree without one is another's."""
+    if not (ROOT / ".git").exists():
+        return "unknown"
     command = ["git", "rev-parse", "--short=12", "HEAD"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import roofline
 from benchmarks.gpu_decode import CODECS, make_view
-from benchmarks.gpu_measure import Task
+from benchmarks.gpu_measure import Task, in_turn, num_calls
 from benchmarks.harness import Point, gate
 from mla import reference
 from mla.codec import rotate_latent
@@ -46,10 +48,14 @@ def prepare(point: Point) -> Task:
     """The call to time: all tokens of one step, paged, to the end of rows of L + 64 positions."""
     B, L = int(point["B"]), int(point["L"])
     device = torch.device("cuda")
-    view = make_view(B, L + 64, 64, CODECS[str(point["codec"])], device, (C, R))
-    given = _inputs(B, L, (C, R), device)
     is_captured = point["impl"] == "triton"
-    return Task(lambda: _call(point, view, *given), cost(point), capture=is_captured)
+    calls = num_calls(cost(point)) if is_captured else 1
+
+    def one() -> Callable[[], None]:
+        view = make_view(B, L + 64, 64, CODECS[str(point["codec"])], device, (C, R))
+        return partial(_call, point, view, *_inputs(B, L, (C, R), device))
+
+    return Task(in_turn([one() for _ in range(calls)]), cost(point), is_captured, calls)
 
 
 def verify(point: Point) -> None:

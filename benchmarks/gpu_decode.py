@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import roofline
-from benchmarks.gpu_measure import Task
+from benchmarks.gpu_measure import Task, in_turn, num_calls
 from benchmarks.harness import Point, gate
 from mla import reference
 from mla.codec import Codec, Fp8Codec, Int4Codec, Int8Codec, PlainCodec, rotate_latent
@@ -72,11 +72,15 @@ def cost(point: Point) -> roofline.Cost:
 def prepare(point: Point) -> Task:
     """The call to time, on random rows."""
     B, S, L, H, Z = (int(point[key]) for key in "BSLHZ")
-    view = make_view(B, S, Z, CODECS[str(point["codec"])], torch.device("cuda"), (C, R))
-    generator = torch.Generator("cuda").manual_seed(1)
-    queries = _queries(B, L, H, generator, (C, R))
-    call = _call(str(point["impl"]), *queries, view)
-    return Task(call, cost(point), capture=point["impl"] != "torch")
+    device, codec, impl = torch.device("cuda"), CODECS[str(point["codec"])], str(point["impl"])
+    queries = _queries(B, L, H, torch.Generator(device).manual_seed(1), (C, R))
+    if impl == "torch":
+        view = make_view(B, S, Z, codec, device, (C, R))
+        return Task(_call(impl, *queries, view), cost(point), capture=False)
+    calls = num_calls(cost(point))
+    views = [make_view(B, S, Z, codec, device, (C, R)) for _ in range(calls)]
+    run = in_turn([_call(impl, *queries, view) for view in views])
+    return Task(run, cost(point), calls=calls)
 
 
 def verify(point: Point) -> None:

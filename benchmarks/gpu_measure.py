@@ -2,7 +2,8 @@
 
 A call is captured into a CUDA graph where that works, so that the time between the kernels of one
 call is the device's and not Python's. L2 is overwritten before each call, as a model's other
-layers would do. Nothing here needs more than torch and triton.
+layers would do. Calls of microseconds, which two events cannot time, are several in one graph, each
+with buffers of its own, larger than L2 together. Nothing here needs more than torch and triton.
 """
 
 from __future__ import annotations
@@ -24,12 +25,32 @@ from benchmarks.roofline import Cost
 Row = dict[str, Any]
 
 
+ENOUGH_BYTES = 1 << 28  # several times any L2; a call of so many takes 70 us at least
+MOST_CALLS = 16
+
+
 class Task(NamedTuple):
-    """One timed call and what it costs."""
+    """What is timed, and what one call of it costs."""
 
     run: Callable[[], Any]
     cost: Cost
     capture: bool = True
+    calls: int = 1  # that ``run`` makes
+
+
+def num_calls(cost: Cost) -> int:
+    """How many calls of this cost to time together."""
+    return max(1, min(MOST_CALLS, -(-ENOUGH_BYTES // max(1, cost.num_bytes))))
+
+
+def in_turn(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """One call that makes all of them."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
 
 
 def time_call(task: Task, *, repeat_ms: int = 100) -> Spread:
@@ -37,8 +58,8 @@ def time_call(task: Task, *, repeat_ms: int = 100) -> Spread:
     from triton.testing import do_bench
 
     call = _captured(task.run) if task.capture else task.run
-    median, p20, p80 = do_bench(call, warmup=20, rep=repeat_ms, quantiles=[0.5, 0.2, 0.8])
-    return Spread(median, p20, p80)
+    times = do_bench(call, warmup=20, rep=repeat_ms, quantiles=[0.5, 0.2, 0.8])
+    return Spread(*(time / task.calls for time in times))
 
 
 def _captured(run: Callable[[], Any]) -> Callable[[], Any]:

@@ -106,7 +106,7 @@ def _measured(
     except torch.cuda.OutOfMemoryError:
         return {"error": "out of memory"}
     except Exception as error:  # a point that cannot run is a result
-        if _is_fatal(error):
+        if is_device_lost():
             raise
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     finally:
@@ -127,9 +127,15 @@ def _check(module: ModuleType, point: Point, verdicts: dict[Any, str]) -> None:
         raise GateError(verdicts[key])
 
 
-def _is_fatal(error: Exception) -> bool:
-    """Whether the device is lost to this process."""
-    return "CUDA error" in str(error) and "out of memory" not in str(error)
+def is_device_lost() -> bool:
+    """Whether nothing more can run in this process, as after an illegal access."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _summary(row: Row) -> str:
@@ -145,6 +151,6 @@ def _summary(row: Row) -> str:
 
 def failures(rows: Sequence[Row]) -> list[Row]:
     """Rows whose error is a fault of ours: not memory, not time, not a backend that cannot run."""
-    mine = ("triton", "engines")
+    mine = ("triton", "engines", "torch")
     excused = ("out of memory", NO_TIME, "")
     return [row for row in rows if row["error"] not in excused and row.get("impl") in mine]

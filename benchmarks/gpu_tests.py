@@ -10,12 +10,12 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmarks import gpu_measure
 from benchmarks.gpu_measure import Row
-from benchmarks.gpu_run import NO_TIME, Options
+from benchmarks.gpu_run import NO_TIME, UNFINISHED, Options
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_PROCESSES = 12
@@ -24,24 +24,29 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--dur
 
 
 def run_tests(options: Options) -> list[Row]:
-    """One row for each test: its outcome, seconds and first line of failure."""
+    """One row for each test: its outcome, seconds and first line of failure.
+
+    Written again whenever a group of tests ends.
+    """
     deadline = time.monotonic() + options.seconds
     groups = collect()
     if options.only:
         groups = [group for group in groups if any(word in group[0] for word in options.only)]
-    if options.dry_run:
-        rows = [
-            {"test": test, "outcome": "collected", "seconds": None, "error": ""}
-            for group in groups
-            for test in group
-        ]
-    else:
-        processes = min(MOST_PROCESSES, os.cpu_count() or 1)
-        with ThreadPoolExecutor(processes) as pool:
-            found = pool.map(lambda group: run_group(group, deadline), groups)
-            rows = [row for group_rows in found for row in group_rows]
-    gpu_measure.write("tests", rows, gpu_measure.environment(options.commit), options.out)
-    return rows
+    outcome, error = ("collected", "") if options.dry_run else ("not run", UNFINISHED)
+    found = [[_row(test, outcome, None, error) for test in group] for group in groups]
+    facts = gpu_measure.environment(options.commit)
+    gpu_measure.write("tests", _flat(found), facts, options.out)
+    if not options.dry_run:
+        with ThreadPoolExecutor(min(MOST_PROCESSES, os.cpu_count() or 1)) as pool:
+            jobs = {pool.submit(run_group, group, deadline): i for i, group in enumerate(groups)}
+            for job in as_completed(jobs):
+                found[jobs[job]] = job.result()
+                gpu_measure.write("tests", _flat(found), facts, options.out)
+    return _flat(found)
+
+
+def _flat(found: Sequence[Sequence[Row]]) -> list[Row]:
+    return [row for rows in found for row in rows]
 
 
 def collect() -> list[list[str]]:

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -147,16 +148,58 @@ def test_out_of_memory_loses_one_point(measured, tmp_path, monkeypatch):
 def test_a_point_that_kills_the_process_is_passed_over_next_time(measured, tmp_path, monkeypatch):
     def time_call(task):
         if measured[-1] == 2:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
         return Spread(1.0, 0.9, 1.2)
 
     monkeypatch.setattr(gpu_measure, "time_call", time_call)
+    monkeypatch.setattr(gpu_run, "is_device_lost", lambda: measured[-1] == 2)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(tmp_path)
     rows = run(tmp_path)
     assert [row["error"] for row in rows] == ["", "did not finish", "", ""]
     assert measured == [1, 2, 3, 4]
     assert not gpu.verdict("decode", tmp_path)[0]
+
+
+def test_an_error_that_leaves_the_device_alive_loses_one_point(measured, tmp_path, monkeypatch):
+    def time_call(task):
+        if measured[-1] == 2:
+            raise RuntimeError("CUDA error: invalid argument")
+        return Spread(1.0, 0.9, 1.2)
+
+    monkeypatch.setattr(gpu_measure, "time_call", time_call)
+    rows = run(tmp_path)
+    assert [bool(row["error"]) for row in rows] == [False, True, False, False]
+    assert failures(rows) == [rows[1]]
+
+
+@pytest.mark.parametrize(("error", "lost"), [(None, False), (RuntimeError("CUDA error"), True)])
+def test_the_device_itself_says_whether_it_is_lost(monkeypatch, error, lost):
+    def synchronize():
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert gpu_run.is_device_lost() == lost
+
+
+def test_short_calls_share_one_measurement(monkeypatch):
+    import triton.testing
+
+    made = []
+    calls = [lambda i=i: made.append(i) for i in range(4)]
+
+    def do_bench(run, **options):
+        run()
+        return [4.0, 2.0, 8.0]
+
+    monkeypatch.setattr(triton.testing, "do_bench", do_bench)
+    task = Task(gpu_measure.in_turn(calls), roofline.Cost(1, 1), capture=False, calls=4)
+    assert gpu_measure.time_call(task) == Spread(1.0, 0.5, 2.0)
+    assert made == [0, 1, 2, 3]
+    sizes = (1, 10**7, 75 * 10**6, 3 * 10**8)
+    assert [gpu_measure.num_calls(roofline.Cost(n, 0)) for n in sizes] == [16, 16, 4, 1]
 
 
 def test_points_that_are_out_of_time_are_tried_again(measured, tmp_path):
@@ -184,18 +227,62 @@ def test_a_foreign_backend_that_cannot_run_is_no_failure():
 def test_a_part_is_started_again_after_a_crash_and_stops_without_progress(tmp_path, monkeypatch):
     starts = []
 
-    def crash(command, **options):
+    def crash(command, seconds):
         starts.append(command)
         rows = [{"impl": "triton", "error": ""}] * min(len(starts), 3)
         gpu_measure.write("decode", rows, {}, tmp_path)
-        return SimpleNamespace(returncode=-11)
+        return -11
 
-    monkeypatch.setattr(subprocess, "run", crash)
+    monkeypatch.setattr(gpu, "_status", crash)
     arguments = gpu.parser().parse_args(["--out", str(tmp_path), "--fresh"])
     passed, words = gpu._run_part("decode", arguments, "abc", 500.0)
     assert not passed and words.endswith("exit status -11")
     assert len(starts) == 4 and "--fresh" in starts[0] and "--fresh" not in starts[1]
     assert starts[0][:3] == [sys.executable, "-m", "benchmarks.gpu"]
+
+
+def test_a_part_that_runs_out_of_time_leaves_no_process_behind(tmp_path):
+    note = tmp_path / "pid"
+    child = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu._status([sys.executable, "-c", parent], 3.0) is None
+    pid = int(note.read_text())
+    for _ in range(100):
+        if not is_running(pid):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child of a part lives on")
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_outcomes_that_are_there_survive_the_end_of_the_tests(tmp_path, monkeypatch):
+    groups = [["tests/a.py::test_a"], ["tests/b.py::test_b", "tests/b.py::test_c"]]
+
+    def run_group(tests, deadline):
+        if tests == groups[0]:
+            return [gpu_tests._row(tests[0], "passed", 1.0, "")]
+        time.sleep(0.2)  # the first group has been written by then
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_tests, "collect", lambda: groups)
+    monkeypatch.setattr(gpu_tests, "run_group", run_group)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_tests.run_tests(Options(out=tmp_path))
+    rows = gpu_measure.read("tests", tmp_path)[1]
+    assert [row["outcome"] for row in rows] == ["passed", "not run", "not run"]
+    assert [row["error"] for row in rows] == ["", *[gpu_run.UNFINISHED] * 2]
+
+
+def test_a_tree_without_git_has_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    assert gpu._git_commit() == "unknown"
 
 
 def test_outcomes_are_read_from_pytests_report(tmp_path):
