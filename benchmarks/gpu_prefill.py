@@ -63,8 +63,6 @@ def points() -> list[Point]:
                 *((name, given) for given in (0, 1) for name in BACKENDS),
                 ("torch", 0),
             ):
-                if impl == "torch" and L > 8192:
-                    continue
                 found.append({"impl": impl, "mode": mode, "L": L, "given": given})
     return found
 

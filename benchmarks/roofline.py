@@ -2,7 +2,10 @@
 
     decode    bytes = B S row + queries + out        flops = 2 H (2 C + R) pairs
     partials  bytes = 2 * 4 X L H (C + 1) a row of the batch, where it has X > 1 splits
+    merge     bytes = half of those and out          flops: none that count
+    rotate    bytes = rows in and out                flops: none that count
     append    bytes = tokens ((C + R) size + row)    flops: none that count
+    expand    bytes = latent, weight and kv          flops = 2 C H (N + V) tokens
     prefill   bytes = q + kv + rope + out            flops = 2 H (N + R + V) pairs + expansion
     backward  bytes = those and their gradients      flops = 2 H (3 (N + R) + 2 V) pairs + 3 times
 
@@ -63,6 +66,23 @@ def decode(
     return Cost(num_bytes, num_flops, partial_bytes)
 
 
+def merge(B: int, L: int, H: int, C: int, *, size: int, num_splits: int) -> Cost:
+    """Partial results read, the result written, each with its log-sum-exp."""
+    rows = B * L * H
+    return Cost(rows * (4 * num_splits * (C + 1) + size * C + 4), 0)
+
+
+def rotate(num_rows: int, C: int, *, size_in: int, size_out: int) -> Cost:
+    """Queries or outputs of int4 rows through the Hadamard matrix: 7 additions a number."""
+    return Cost(num_rows * C * (size_in + size_out), 0)
+
+
+def expand(T: int, H: int, C: int, N: int, V: int, *, size: int) -> Cost:
+    """Keys and values of H heads from T latents."""
+    columns = H * (N + V)
+    return Cost(size * (T * C + columns * C + T * columns), 2 * T * C * columns)
+
+
 def append(num_tokens: int, C: int, R: int, *, row_bytes: int, size: int, fused: bool) -> Cost:
     """New rows read and stored; the fused form also reads cos and sin and returns fresh rows."""
     num_bytes = num_tokens * ((C + R) * size + row_bytes)
@@ -73,10 +93,10 @@ def append(num_tokens: int, C: int, R: int, *, row_bytes: int, size: int, fused:
 
 def prefill(L: int, H: int, C: int, N: int, R: int, V: int, *, size: int) -> Cost:
     """Causal forward over L tokens of one sequence, expansion of keys and values included."""
-    expanded = L * H * (N + V)
-    num_bytes = size * (L * H * (N + R + V) + L * (C + R) + H * (N + V) * C + 2 * expanded)
-    num_flops = 2 * H * (N + R + V) * causal_pairs(L, L) + 2 * C * expanded
-    return Cost(num_bytes, num_flops)
+    first = expand(L, H, C, N, V, size=size)
+    attention = size * (L * H * (N + R + V) + L * R + L * H * (N + V))
+    num_flops = 2 * H * (N + R + V) * causal_pairs(L, L)
+    return Cost(first.num_bytes + attention, first.num_flops + num_flops)
 
 
 def prefill_backward(L: int, H: int, C: int, N: int, R: int, V: int, *, size: int) -> Cost:
@@ -97,8 +117,13 @@ def cases() -> list[tuple[str, Cost]]:
     for H in (16, 128):
         cost = decode(64, 4096, 1, H, **sizes, row_bytes=656, size=2, num_splits=1)
         found.append((f"decode fp8 H={H} B=64 S=4096", cost))
+    merged = merge(64, 1, 16, 512, size=2, num_splits=8)
+    found.append(("merge H=16 B=64 S=4096", merged))
+    rotated = rotate(64 * 128, 512, size_in=4, size_out=2)
+    found.append(("rotate int4 out H=128 B=64", rotated))
     widths = {"C": 512, "N": 128, "R": 64, "V": 128}
     for L in (8192, 16384):
+        found.append((f"expand H=16 L={L}", expand(L, 16, 512, 128, 128, size=2)))
         found.append((f"prefill H=16 L={L}", prefill(L, 16, **widths, size=2)))
         found.append((f"backward H=16 L={L}", prefill_backward(L, 16, **widths, size=2)))
     found.append(("append 4096", append(4096, **sizes, row_bytes=1152, size=2, fused=False)))

@@ -320,12 +320,26 @@ def test_costs_count_the_tensors_that_are_there():
         assert cost.num_flops == 2 * B * H * S * (C + R + C)
 
 
+def test_costs_of_the_kernels_between_count_the_tensors_that_are_there():
+    B, L, H, C, N, V, X, half = 2, 3, 5, 32, 8, 4, 7, torch.bfloat16
+    parts, lse = torch.empty(X, B, L, H, C), torch.empty(X + 1, B, L, H)
+    out = torch.empty(B, L, H, C, dtype=half)
+    found = roofline.merge(B, L, H, C, size=2, num_splits=X)
+    assert found.num_bytes == sum(x.nbytes for x in (parts, lse, out))
+    found = roofline.rotate(B * L * H, C, size_in=4, size_out=2)
+    assert found.num_bytes == out.float().nbytes + out.nbytes
+    latent, weight = torch.empty(B * L, C, dtype=half), torch.empty(H * (N + V), C, dtype=half)
+    found = roofline.expand(B * L, H, C, N, V, size=2)
+    assert found.num_bytes == sum(x.nbytes for x in (latent, weight, latent @ weight.T))
+    assert found.num_flops == 2 * latent.numel() * H * (N + V)
+
+
 def test_bounds_name_what_limits():
     machine = roofline.Machine("m", 1e12, 1e15)
     assert roofline.bound(roofline.Cost(2 * 10**12, 10**15), machine) == (2.0, "memory")
     assert roofline.bound(roofline.Cost(10**12, 3 * 10**15), machine) == (3.0, "arithmetic")
     assert {name.split()[0] for name, _ in roofline.cases()} == {
-        "decode", "prefill", "backward", "append"
+        "decode", "merge", "rotate", "expand", "prefill", "backward", "append"
     }  # fmt: skip
 
 
