@@ -248,7 +248,7 @@ def test_files_of_others_are_refused(tmp_path):
         ({"format": "pt"}, "format 'pt', expected 'mla-cache'"),
         ({"version": "2"}, "version '2', expected '1'"),
         ({"header": "{}"}, "an altered header, expected one that fits its checksum"),
-        (signed('{"layout": "ring"}'), "layout 'ring', expected 'dense'"),
+        (signed('{"layout": "ring"}'), "layout 'ring', expected one of"),
         (signed('{"layout": "dense"}'), "no layers in its header, expected a list"),
     ):
         save_cache(cache, path)

@@ -63,7 +63,8 @@ LAYERS: list[dict[str, set[str]]] = [
         "cache.prefix": set(),
         "cache.batch": {"cache.base", "cache.prefix", "cache.paged"},  # of cache.paged its type
         "cache.paged": {"cache.base", "cache.batch", "cache.pages", "cache.prefix"},
-        "cache.files": {"cache.base", "cache.dense", "cache.paged"},
+        "cache.stored": {"cache.base", "cache.dense", "cache.paged", "cache.prefix"},
+        "cache.files": {"cache.dense", "cache.paged", "cache.stored"},
         "cache": {"cache.base", "cache.batch", "cache.dense", "cache.paged", "cache.files"},
     },
     {"padding": set(), "module": {"padding"}},

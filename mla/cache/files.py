@@ -1,14 +1,15 @@
 """Caches as files: one safetensors file a cache, written whole or not at all, checked before use.
 
     metadata   format, version, header (JSON), sha256 of the header
-    tensors    layers.<i>.rows   [used positions, W] as they are stored, sequence after sequence
+    tensors    layers.<i>.rows   [U, W] as they are stored, see `mla.cache.stored`
+               tables.<name>     of a paged cache: pages and token ids of its sequences
 
 The header says what the rows are: of each layer the fields of `MLAConfig` that a cached row depends
-on, codec, dtype, layout, lengths, starts and the sha256 of every tensor. Only visible positions are
-stored, in the bytes of the cache's own rows: nothing is decoded, so that restoring is bit-exact.
-Nothing in a file is executed or unpickled. It needs the package safetensors.
+on, codec, dtype, layout, lengths, and the sha256 of every tensor. Only positions in use are stored,
+in the bytes of the cache's own rows: nothing is decoded, so that restoring is bit-exact. Nothing in
+a file is executed or unpickled. It needs the package safetensors.
 
-Dims: B sequences, W stored row width.
+Dims: U stored positions, W stored row width.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ import torch
 from torch import Tensor
 
 from mla.cache.dense import DenseLatentCache
+from mla.cache.paged import PagedLatentCache
+from mla.cache.stored import (
+    FIELDS,
+    TABLES,
+    dense_state,
+    paged_state,
+    places,
+    restored_dense,
+    restored_paged,
+)
 from mla.checks import FLOAT_DTYPES, ShapeError, UnsupportedError
 from mla.codec import Codec, codec_from_spec
 from mla.config import MLAConfig
@@ -41,60 +52,52 @@ ROW_FIELDS = (
     "latent_norm_eps",
     "latent_scale",
 )
-HEADER = {
-    "layers": list,
-    "codec": str,
-    "dtype": str,
-    "lengths": list,
-    "starts": list,
-    "sha256": dict,
-}
+HEADER: dict[str, type] = {"layers": list, "codec": str, "dtype": str, "sha256": dict}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
-def save_cache(cache: DenseLatentCache, path: Path | str) -> None:
+def save_cache(cache: DenseLatentCache | PagedLatentCache, path: Path | str) -> None:
     """Write what ``cache`` holds to one file, complete under its name or not at all.
 
-    A file at ``path`` is replaced, in one step. The used rows are copied to host memory first.
+    A file at ``path`` is replaced, in one step. The used rows are copied to host memory first. Of a
+    pool all sequences are written, a shared page once; pages that are only kept to be found again
+    are not.
 
     Args:
         cache: between two steps, every reserved position written; it may be empty.
         path: by custom ``*.safetensors``; its folder must exist.
 
     Raises:
-        ShapeError: a layer has not appended its rows of the current step.
+        ShapeError: rows of the current step are missing.
         UnsupportedError: there is no file format for this type of cache.
         ValueError: the folder of ``path`` does not exist.
     """
     path = Path(path)
-    if not isinstance(cache, DenseLatentCache):
+    if isinstance(cache, PagedLatentCache):
+        layout, state = "paged", paged_state(cache)
+    elif isinstance(cache, DenseLatentCache):
+        layout, state = "dense", dense_state(cache)
+    else:
         raise UnsupportedError(
-            f"save_cache: cache has type {type(cache).__name__}, expected a DenseLatentCache"
-        )
-    unwritten = [layer for layer, is_pending in enumerate(cache._pending) if is_pending]
-    if unwritten:
-        raise ShapeError(
-            f"save_cache: cache has layers {unwritten} without rows for the reserved positions, "
-            "expected a finished step"
+            f"save_cache: cache has type {type(cache).__name__}, expected a DenseLatentCache or a "
+            "PagedLatentCache"
         )
     if not path.parent.is_dir():
         raise ValueError(f"save_cache: {path.parent} does not exist, expected a folder")
+    page, slot = (x.to(cache.device) for x in places(state.runs))
     tensors = {
-        _rows_name(layer): _used_rows(cache, layer).cpu() for layer in range(cache.num_layers)
+        **{_rows_name(layer): rows[page, slot].cpu() for layer, rows in enumerate(cache._rows)},
+        **{_table_name(name): table for name, table in state.tables.items()},
     }
-    header = json.dumps(
-        {
-            "layout": "dense",
-            "layers": [_row_values(config) for config in cache.configs],
-            "codec": cache.codec.spec,
-            "dtype": str(cache.dtype).removeprefix("torch."),
-            "max_length": cache.capacity if cache._is_fixed else None,
-            "lengths": cache._host_lengths,
-            "starts": cache._host_starts,
-            "sha256": {name: _digest(tensor) for name, tensor in tensors.items()},
-        }
-    )
-    _write(path, tensors, header)
+    header = {
+        "layout": layout,
+        "layers": [_row_values(config) for config in cache.configs],
+        "codec": cache.codec.spec,
+        "dtype": str(cache.dtype).removeprefix("torch."),
+        **state.fields,
+        "sha256": {name: _digest(tensor) for name, tensor in tensors.items()},
+    }
+    _write(path, tensors, json.dumps(header))
 
 
 def load_cache(
@@ -104,8 +107,9 @@ def load_cache(
     codec: Codec | None = None,
     dtype: torch.dtype | None = None,
     max_length: int | None = None,
+    num_pages: int | None = None,
     device: torch.device | str | None = None,
-) -> DenseLatentCache:
+) -> DenseLatentCache | PagedLatentCache:
     """A new cache with what `save_cache` wrote, checked whole before it is handed over.
 
     Every byte that carries meaning is under a checksum: a file that was cut or altered is refused.
@@ -115,39 +119,53 @@ def load_cache(
         config: of all layers, or a sequence with one for each layer. Compared with the file in all
             that a cached row depends on: C, R, rope and what is done to the latent.
         codec, dtype: what the rows are expected to be; None: what the file says.
-        max_length: capacity in positions; None: as it was saved, fixed or growing.
+        max_length: capacity of a dense cache; None: as it was saved, fixed or growing.
+        num_pages: of a pool; None: as many as the saved one had.
         device: of the new cache.
 
     Returns:
-        A cache with the lengths, left padding and rows of the saved one; positions that no query
-        can see are not restored.
+        A cache of the saved layout with the same contents. Positions that no query can see are not
+        restored. A pool has new ids for its sequences, in the same order; they share the same
+        pages and are found by the same tokens.
 
     Raises:
         ValueError: not such a file, of another version, altered, or of another config, codec or
             dtype; the message names the fact.
-        CacheFull: the rows are longer than ``max_length``.
+        CacheFull: there is more in the file than ``max_length`` or ``num_pages`` admits.
+        ShapeError: ``max_length`` for a paged file, or ``num_pages`` for a dense one.
     """
     path = Path(path)
     with _opened(path) as stored:
         header = _read_header(path, stored.metadata())
-        configs = _check_config(path, header, config)
-        lengths, starts = header["lengths"], header["starts"]
-        cache = DenseLatentCache(
-            configs,
-            batch_size=len(lengths),
-            max_length=header["max_length"] if max_length is None else max_length,
-            codec=_check_codec(path, header, codec),
-            device=device,
-            dtype=_check_dtype(path, header, dtype),
-        )
-        cache._make_room(lengths)
+        options = {
+            "config": _check_config(path, header, config),
+            "codec": _check_codec(path, header, codec),
+            "dtype": _check_dtype(path, header, dtype),
+            "device": device,
+        }
+        layout = header["layout"]
+        foreign, value = ("max_length", max_length)
+        if layout == "dense":
+            foreign, value = ("num_pages", num_pages)
+        if value is not None:
+            raise ShapeError(
+                f"load_cache: {foreign} has value {value}, expected None: {path} holds a {layout} "
+                "cache"
+            )
+        tables = {
+            name: _read_tensor(path, stored, _table_name(name), header, (-1,), kind)
+            for name, kind in TABLES[layout].items()
+        }
+        cache: DenseLatentCache | PagedLatentCache
+        if layout == "dense":
+            cache, runs = restored_dense(header, options, max_length)
+        else:
+            cache, runs = restored_paged(header, tables, options, num_pages)
+        page, slot = (x.to(cache.device) for x in places(runs))
         for layer, rows in enumerate(cache._rows):
-            used = _read_rows(path, stored, layer, header, rows)
-            for b, begin, end in _runs(lengths, starts):
-                rows[b, begin:end] = used[: end - begin]
-                used = used[end - begin :]
-    cache._set_lengths(lengths)
-    cache._set_starts(starts)
+            shape = (len(page), rows.shape[2])
+            used = _read_tensor(path, stored, _rows_name(layer), header, shape, rows.dtype)
+            rows[page, slot] = used.to(cache.device)
     return cache
 
 
@@ -159,22 +177,13 @@ def _rows_name(layer: int) -> str:
     return f"layers.{layer}.rows"
 
 
+def _table_name(name: str) -> str:
+    return f"tables.{name}"
+
+
 def _row_values(config: MLAConfig) -> dict[str, Any]:
     values = config.to_dict()
     return {name: values[name] for name in ROW_FIELDS}
-
-
-def _runs(lengths: Sequence[int], starts: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """(row, first, end) of the visible positions of each sequence."""
-    for b, (begin, end) in enumerate(zip(starts, lengths, strict=True)):
-        yield b, begin, end
-
-
-def _used_rows(cache: DenseLatentCache, layer: int) -> Tensor:
-    """``[used positions, W]`` of one layer, sequence after sequence."""
-    rows = cache._rows[layer]
-    runs = _runs(cache._host_lengths, cache._host_starts)
-    return torch.cat([rows[b, begin:end] for b, begin, end in runs])
 
 
 def _digest(tensor: Tensor) -> str:
@@ -234,9 +243,9 @@ def _read_header(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     if hashlib.sha256(text.encode()).hexdigest() != metadata.get("sha256"):
         raise _problem(path, "an altered header", "one that fits its checksum")
     header: dict[str, Any] = json.loads(text)
-    if header.get("layout") != "dense":
-        raise _problem(path, f"layout {header.get('layout')!r}", "'dense'")
-    for name, kind in HEADER.items():
+    if header.get("layout") not in FIELDS:
+        raise _problem(path, f"layout {header.get('layout')!r}", f"one of {list(FIELDS)}")
+    for name, kind in (HEADER | FIELDS[header["layout"]]).items():
         if not isinstance(header.get(name), kind):
             raise _problem(path, f"no {name} in its header", f"a {kind.__name__}")
     return header
@@ -274,19 +283,26 @@ def _check_dtype(path: Path, header: dict[str, Any], dtype: torch.dtype | None) 
     return stored
 
 
-def _read_rows(path: Path, stored: Any, layer: int, header: dict[str, Any], like: Tensor) -> Tensor:
-    """``[used positions, W]`` of one layer on the device of ``like [B, Z, W]``.
+def _read_tensor(
+    path: Path,
+    stored: Any,
+    name: str,
+    header: dict[str, Any],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """One tensor of this form; -1 in ``shape`` stands for any size.
 
     Copied out of the file before the checksum is compared, so that what was checked is used.
     """
-    name = _rows_name(layer)
     if name not in stored.keys():  # noqa: SIM118 - a file, not a dict
-        raise _problem(path, f"no tensor {name}", "one for each layer")
-    rows: Tensor = stored.get_tensor(name).clone()
-    expected = (sum(header["lengths"]) - sum(header["starts"]), like.shape[2])
-    if tuple(rows.shape) != expected or rows.dtype != like.dtype:
-        fact = f"{tuple(rows.shape)} {rows.dtype} at {name}"
-        raise _problem(path, fact, f"{expected} {like.dtype}")
-    if _digest(rows) != header["sha256"].get(name):
+        raise _problem(path, f"no tensor {name}", "all that the header names")
+    tensor: Tensor = stored.get_tensor(name).clone()
+    fits = len(shape) == tensor.ndim and all(
+        want in (-1, have) for want, have in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits or tensor.dtype != dtype:
+        raise _problem(path, f"{tuple(tensor.shape)} {tensor.dtype} at {name}", f"{shape} {dtype}")
+    if _digest(tensor) != header["sha256"].get(name):
         raise _problem(path, f"altered bytes in {name}", "those that fit its checksum")
-    return rows.to(like.device)
+    return tensor
