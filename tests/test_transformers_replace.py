@@ -31,7 +31,12 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
 from mla.checks import UnsupportedError
 from mla.codec import Int8Codec, PlainCodec
-from mla.integrations.transformers import LatentCache, replace_attention, restore_attention
+from mla.integrations.transformers import (
+    LatentCache,
+    continuous,
+    replace_attention,
+    restore_attention,
+)
 from mla.integrations.transformers.masks import key_run_mask
 
 
@@ -326,3 +331,11 @@ def test_eval_and_train_leave_a_replaced_model_alone() -> None:
     replace_attention(model)
     model.train().eval()
     assert_equal_logits(model, stock)
+
+
+def test_batching_names_the_transformers_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(continuous, "POOL_MODULE", "mla.no_such_module")
+    model = tiny_model("deepseek_v3")
+    replace_attention(model)
+    with pytest.raises(UnsupportedError, match=r"transformers has version .*, expected 5\.23 or"):
+        model.generate_batch([[5, 6, 7]], max_new_tokens=2)

@@ -6,6 +6,7 @@ Two lines change a loaded model:
 
     report = replace_attention(model)     # in place; restore_attention(model) undoes it
     model.generate(...)                   # decodes from the compressed cache, absorbed
+    model.generate_batch(...)             # continuous batching, from latents in pages
 
 Files:
 
@@ -16,6 +17,8 @@ Files:
     caches.py    growing latent buffers under transformers' cache contract
     coded.py     what those layers hand out when their rows are 8- or 4-bit
     model_caches.py  the caches of whole models
+    paged.py     attention of continuous batching, over the pages of transformers' pool
+    continuous.py  ``generate_batch`` and its manager
 """
 
 from mla.integrations.transformers.caches import LatentCacheLayer, StaticLatentLayer

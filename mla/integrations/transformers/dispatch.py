@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from mla.checks import UnsupportedError
 from mla.integrations.transformers.attend import CodedKeys, PlainKeys, attend_keys
 from mla.integrations.transformers.masks import boolean_mask, is_packed, key_run_mask
+from mla.integrations.transformers.paged import PagedLatents, attend_batch
 from mla.view import CacheView
 
 IMPLEMENTATION = "mla"  # the name in config._attn_implementation
@@ -70,6 +71,21 @@ def attention_forward(
             f"one of {MASKS} beside replaced layers; call replace_attention(model) again, or "
             "restore_attention(model) to use the other attention"
         )
+    cache, scale = kwargs.get("cache"), query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(cache, PagedLatents):
+        out = attend_batch(
+            query,
+            key,
+            value,
+            layer.kv_b_proj,
+            cache,
+            layer.layer_idx,
+            nope_dim=layer.qk_nope_head_dim,
+            value_dim=layer.v_head_dim,
+            scale=scale,
+            impl=record.impl,
+        )
+        return out, None
     keys = CodedKeys(key, value) if isinstance(key, CacheView) else PlainKeys(key, value)
     _check_keywords(kwargs, attention_mask, keys.num_keys)
     out = attend_keys(
@@ -79,7 +95,7 @@ def attention_forward(
         nope_dim=layer.qk_nope_head_dim,
         value_dim=layer.v_head_dim,
         mask=_mask_for(layer, attention_mask, is_causal, query, keys.num_keys),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scale=scale,
         dropout=dropout,
         impl=record.impl,
     )

@@ -25,9 +25,16 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from mla.absorb import effective_weight
 from mla.checks import UnsupportedError
 from mla.codec import Codec
+from mla.integrations.transformers.continuous import ManagerMaker
 from mla.integrations.transformers.dispatch import IMPLEMENTATION, RECORD
 from mla.integrations.transformers.model_caches import LatentCache, hold_latents_
 
+INSTANCE_ATTRIBUTES = (
+    "expand_kv",
+    "_prepare_cache_for_generation",
+    "init_continuous_batching",
+    RECORD,
+)
 LAYER_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -116,7 +123,10 @@ def restore_attention(model: nn.Module) -> None:
         if isinstance(module, PreTrainedModel):
             _copy_changes(module.config, record.config)
         module.config = record.config
-        for name in ("expand_kv", "_prepare_cache_for_generation", RECORD):
+        manager = vars(module).pop("_cached_continuous_batching_manager", None)
+        if manager is not None:
+            manager.destroy()
+        for name in INSTANCE_ATTRIBUTES:
             vars(module).pop(name, None)
 
 
@@ -231,6 +241,7 @@ def _replace_models(
             below: list[Any] = [x for x in module.modules() if id(x) in layers]
             indices = frozenset(layer.layer_idx for layer in below)
             vars(module)["_prepare_cache_for_generation"] = _CachePreparer(module, codec, indices)
+            vars(module)["init_continuous_batching"] = ManagerMaker(module, below, codec)
 
 
 def _own_config(config: Any, owned: set[int], copies: dict[int, Any]) -> Any:
