@@ -28,7 +28,8 @@ class PagedBatch(LatentCache):
     place. A row may be idle (None): it has no tokens and gets none, its outputs mean nothing.
 
     With ``max_length`` the table is fixed, addresses never change and `new_lengths` is always a
-    tensor: the form for CUDA graphs and compiled steps, also when idle rows come and go.
+    tensor: the form for CUDA graphs and compiled steps, also when idle rows come and go. The layer
+    then attends absorbed except in a cold step; put long chunks through a batch without it.
 
     Attributes:
         pool: where the sequences live.
