@@ -105,9 +105,9 @@ inline void bind_cache(
   cache.starts = int32_data(op, "starts", starts, 1, B);
   const int64_t index = cache.shard_index, count = cache.shard_count;
   MLA_CHECK(
-      0 <= index && index < count && (count == 1 || cache.page_table != nullptr), op,
+      0 <= index && index < count && (count == 1 || page_table.has_value()), op,
       ": shard has value (", index, ", ", count, "), expected 0 <= index < count and pages");
-  if (cache.page_table == nullptr) check_size(op, "rows", rows, 0, B);
+  if (!page_table.has_value()) check_size(op, "rows", rows, 0, B);  // an empty table has no data
   if (cache.codec.kind != CodecKind::kPlain) {
     const int64_t place = static_cast<int64_t>(reinterpret_cast<uintptr_t>(cache.rows) % 16);
     MLA_CHECK(
