@@ -295,6 +295,8 @@ def test_a_step_that_is_not_finished_is_refused(tmp_path):
         save_cache({}, tmp_path / "cache")
     with pytest.raises(ValueError, match="nowhere does not exist, expected a folder"):
         save_cache(filled([1]), tmp_path / "nowhere" / "cache")
+    with pytest.raises(ValueError, match="is a folder, expected the name of a file"):
+        save_cache(filled([1]), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -75,6 +75,22 @@ def test_a_row_without_keys_is_zero_and_plus_infinity():
     assert (lse[0] == math.inf).all() and torch.isfinite(lse[1]).all()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("B", "L", "M"), [(0, 2, 3), (2, 0, 3), (2, 2, 0)])
+def test_no_rows_no_queries_no_pages(B, L, M, causal):
+    out, lse = flash_mla_with_kvcache(
+        torch.ones(B, L, 3, 6),
+        torch.full((5, 4, 1, 6), math.nan),
+        zeros(B, M, dtype=torch.int32),
+        zeros(B, dtype=torch.int32),
+        4,
+        *get_mla_metadata(),
+        causal=causal,
+    )
+    assert torch.equal(out, torch.zeros(B, L, 3, 4))
+    assert torch.equal(lse, torch.full((B, 3, L), math.inf))
+
+
 def example(**changes: Any) -> DecodeCase:
     fields = {
         "L": 2,

@@ -145,6 +145,25 @@ def run(wrapper: BatchMLAPagedAttentionWrapper, case: DecodeCase, **options: Any
     return wrapper.run(**{**arguments, **options})
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("query_lengths", [(), (0, 0), (0, 2)])
+def test_rows_that_have_no_page_at_all(query_lengths, causal):
+    case = example(lengths=(0,) * len(query_lengths), query_lengths=query_lengths)
+    wrapper = BatchMLAPagedAttentionWrapper(torch.empty(0))
+    T = sum(query_lengths)
+    nothing = indptr([0] * case.B)
+    wrapper.plan(
+        indptr(counts_of(case)),
+        *(nothing, ints([]), ints([0] * case.B), 2, 24, 6, 4, causal, 1.0),
+        *(torch.float32, torch.float32),
+    )
+    rows = poison_(torch.empty(5, 4, 30))
+    q_nope, q_pe = torch.ones(T, 2, 24), torch.ones(T, 2, 6)
+    out, lse = wrapper.run(q_nope, q_pe, rows[..., :24], rows[..., 24:], return_lse=True)
+    assert torch.equal(out, torch.zeros(T, 2, 24))
+    assert torch.equal(lse, torch.full((T, 2), -math.inf))
+
+
 def test_one_plan_serves_all_layers_and_a_new_plan_replaces_it():
     case = example()
     wrapper = planned(case, case.view())
@@ -191,6 +210,21 @@ def test_slices_of_one_buffer_are_read_in_place_and_others_are_copied_with_a_war
             found = run(wrapper, case, ckv_cache=other[0], kpe_cache=other[1])
         assert torch.equal(found, expected)
         assert seen[-1].shape[0] == 4, "only the pages of the plan are copied"
+
+
+def test_slices_in_another_order_are_no_neighbours():
+    case = example()
+    view = case.view()
+    ckv, kpe = caches(view)
+    apart = torch.cat([ckv, torch.full_like(kpe, math.nan), kpe], dim=-1)
+    swapped = torch.cat([kpe, ckv], dim=-1)
+    wrapper = planned(case, view)
+    expected = run(wrapper, case, ckv_cache=ckv, kpe_cache=kpe)
+    for rows, latent_at, rope_at in ((apart, 0, 30), (swapped, 6, 0)):
+        parts = rows[..., latent_at : latent_at + 24], rows[..., rope_at : rope_at + 6]
+        with pytest.warns(UserWarning, match="no slices of one buffer"):
+            found = run(wrapper, case, ckv_cache=parts[0], kpe_cache=parts[1])
+        assert torch.equal(found, expected)
 
 
 def test_pages_that_do_not_exist_are_refused():

@@ -70,7 +70,7 @@ def save_cache(cache: DenseLatentCache | PagedLatentCache, path: Path | str) -> 
     Raises:
         ShapeError: rows of the current step are missing.
         UnsupportedError: there is no file format for this type of cache.
-        ValueError: the folder of ``path`` does not exist.
+        ValueError: the folder of ``path`` does not exist, or ``path`` is one.
     """
     path = Path(path)
     if isinstance(cache, PagedLatentCache):
@@ -84,6 +84,8 @@ def save_cache(cache: DenseLatentCache | PagedLatentCache, path: Path | str) -> 
         )
     if not path.parent.is_dir():
         raise ValueError(f"save_cache: {path.parent} does not exist, expected a folder")
+    if path.is_dir():
+        raise ValueError(f"save_cache: {path} is a folder, expected the name of a file")
     page, slot = (x.to(cache.device) for x in places(state.runs))
     tensors = {
         **{_rows_name(layer): rows[page, slot].cpu() for layer, rows in enumerate(cache._rows)},
