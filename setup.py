@@ -24,6 +24,7 @@ FLAGS_OF_FILES: dict[str, list[str]] = {
     "decode_avx2.cpp": AVX2_FLAGS,
     "decode_avx512.cpp": AVX512_FLAGS,
     "decode_avx512bf16.cpp": [*AVX512_FLAGS, "-mavx512bf16"],
+    "decode_avx512vnni.cpp": [*AVX512_FLAGS, "-mavx512bf16", "-mavx512vnni"],
 }
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 

@@ -1,40 +1,11 @@
 // Decode for processors with AVX512-BF16: bfloat16 rows are multiplied as they are.
-#include "isa_avx512.h"
+#include "isa_avx512bf16.h"
 
 #include "decode_impl.h"
 #include "peak.h"
 
 namespace mla {
 namespace {
-
-struct Avx512Bf16 : Avx512 {
-  static void store_bf16(uint16_t* p, V x) {  // flushes subnormals, which is no loss here
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
-  }
-  // Nearest bfloat16 of two vectors, side by side in 32-bit lanes.
-  static void store_pairs(uint32_t* p, V even, V odd) {
-    const __m256i low = (__m256i)_mm512_cvtneps_pbh(even);
-    const __m256i high = (__m256i)_mm512_cvtneps_pbh(odd);
-    const __m512i both = _mm512_or_si512(
-        _mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-    _mm512_storeu_si512(p, both);
-  }
-  // 16 values of two rows to 16 pairs.
-  static void interleave(const char* even, const char* odd, char* to) {
-    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even));
-    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd));
-    const __m512i both = _mm512_or_si512(
-        _mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-    _mm512_storeu_si512(to, both);
-  }
-};
-
-struct Bf16Dot {
-  static constexpr bool kIsBf16 = true;
-  static __m512 dot(__m512 sum, __m512 a, __m512 b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
-};
 
 // Products of bfloat16 where nothing else is stored or asked for; coded rows fit it exactly.
 bool multiplies_bf16(const DecodeParams& p) {

@@ -14,6 +14,7 @@
 #include <cstring>
 
 #include "load_rows.h"
+#include "panels.h"
 #include "params.h"
 #include "products.h"
 #include "softmax.h"
@@ -88,15 +89,14 @@ struct Decode {
 
   static constexpr int64_t kUnitBytes() { return 4 / kUnit; }
 
-  // How many units of a row lie side by side in a vector of a panel with `rows` rows.
-  static int factor_of(int64_t rows) {
-    int F = 2;
-    while (F < N && 2 * N / (2 * F) >= rows) F *= 2;
-    return F;
+  // The panel of rows [m, m + count): [units / F][2][N], vector v lane (row % (N/F)) * F + f.
+  void pack_panel(int64_t b, int64_t m, int64_t count, int64_t index) {
+    gather_queries(b, m, count);
+    float* panel = panels + index * units * 2 * N;
+    pack<N>(count, reinterpret_cast<const float*>(queries), units, panel, units);
   }
 
-  // The panel of rows [m, m + count): [units / F][2][N], vector v lane (row % (N/F)) * F + f.
-  void pack_panel(int64_t b, int64_t m, int64_t count, float* panel) {
+  void gather_queries(int64_t b, int64_t m, int64_t count) {
     const Dtype dtype = p.q_dtype;
     std::memset(queries, 0, N * width * kUnitBytes());
     for (int64_t i = 0; i < count; ++i) {
@@ -106,23 +106,6 @@ struct Decode {
       convert_values(p.q_latent + b * sl[0] + l * sl[1] + h * sl[2], dtype, p.C, sink, 0);
       if (p.R == 0) continue;  // an empty tensor has no memory to point into
       convert_values(p.q_rope + b * sr[0] + l * sr[1] + h * sr[2], dtype, p.R, sink, p.C);
-    }
-    const float* from = reinterpret_cast<const float*>(queries);
-    switch (factor_of(count)) {
-      case 2: return transpose<2>(from, panel);
-      case 4: return transpose<4>(from, panel);
-      case 8: return transpose<8>(from, panel);
-      default: return transpose<N>(from, panel);
-    }
-  }
-
-  template <int F>
-  void transpose(const float* from, float* panel) const {
-    for (int64_t unit = 0; unit < units; unit += F) {
-      for (int row = 0; row < 2 * N / F; ++row) {
-        std::memcpy(panel + row * F, from + row * units + unit, F * sizeof(float));
-      }
-      panel += 2 * N;
     }
   }
 
@@ -160,7 +143,7 @@ struct Decode {
         const Prefetch fetch{next + first, count, p.cache.row_bytes};
         const float* packed = panels + panel * units * 2 * N;
         float* at = scores + panel * N;
-        switch (factor_of(rows - panel * N)) {
+        switch (factor_of<N>(rows - panel * N)) {
           case 2: panel_scores<2>(block, k, packed, at, ld, fetch); break;
           case 4: panel_scores<4>(block, k, packed, at, ld, fetch); break;
           case 8: panel_scores<8>(block, k, packed, at, ld, fetch); break;
@@ -196,7 +179,7 @@ struct Decode {
           Isa::store_pairs(reinterpret_cast<uint32_t*>(to) + m, Isa::load(p0 + m), odd);
         }
         const char *even = block[2 * s], *odd = block[is_pair ? 2 * s + 1 : 2 * s];
-        for (int64_t c = 0; c < C_padded; c += N) {
+        for (int64_t c = 0; c < C_padded; c += Isa::kInterleaved) {
           char* pair = pairs + (c / kChunk * (kBlockKeys / 2) + s) * kChunk * 4 + c % kChunk * 4;
           Isa::interleave(even + c * 2, odd + c * 2, pair);
         }
@@ -216,11 +199,24 @@ struct Decode {
     }
   }
 
-  void run(const RowPlan& row, const Task& task, const Partials& out) {
+  // Brings a block into the form in which it is multiplied.
+  void load_block(const char** block, int64_t num_keys) {
+    if (!is_direct) {
+      for (int64_t k = 0; k < num_keys; ++k) {
+        char* to = converted + k * width * kUnitBytes();
+        convert_row<Isa, kBf16>(block[k], p.cache, p.C, p.R, width, to);
+        block[k] = to;
+      }
+    }
+    for (int64_t k = num_keys; k % K != 0; ++k) block[k] = block[num_keys - 1];
+  }
+
+  // `steps` is this object, or one of a class that has other products.
+  template <class Steps>
+  void run(Steps& steps, const RowPlan& row, const Task& task, const Partials& out) {
     const int64_t rows = task.m1 - task.m0, ld = round_up(rows, N);
     for (int64_t m = 0; m < rows; m += N) {
-      const int64_t count = rows - m < N ? rows - m : N;
-      pack_panel(row.b, task.m0 + m, count, panels + m / N * units * 2 * N);
+      steps.pack_panel(row.b, task.m0 + m, rows - m < N ? rows - m : N, m / N);
     }
     int64_t least = INT64_MAX, most = row.begin;
     for (int64_t m = 0; m < ld; ++m) {
@@ -246,17 +242,10 @@ struct Decode {
       const char** next = keys + (1 - current) * kBlockKeys;
       int64_t num_next = end - at - n < kBlockKeys ? end - at - n : kBlockKeys;
       point(row.b, at + n, num_next, next);
-      if (!is_direct) {
-        for (int64_t k = 0; k < n; ++k) {
-          char* to = converted + k * width * kUnitBytes();
-          convert_row<Isa, kBf16>(block[k], p.cache, p.C, p.R, width, to);
-          block[k] = to;
-        }
-      }
-      for (int64_t k = n; k % K != 0; ++k) block[k] = block[n - 1];
-      score_block(block, n, next, num_next, rows, ld);
+      steps.load_block(block, n);
+      steps.score_block(block, n, next, num_next, rows, ld);
       softmax_block(n, at, rows, ld, at + n > least);
-      value_block(block, n, rows, ld, is_first);
+      steps.value_block(block, n, rows, ld, is_first);
       is_first = false;
       n = num_next;
       current = 1 - current;
@@ -340,7 +329,8 @@ template <class Isa, class Dot>
 void run_task(
     const DecodeParams& p, const RowPlan& row, const Task& task, const Partials& out, char* scratch) {
   Arena arena{scratch};
-  Decode<Isa, Dot>(p, task.m1 - task.m0, arena).run(row, task, out);
+  Decode<Isa, Dot> decode(p, task.m1 - task.m0, arena);
+  decode.run(decode, row, task, out);
 }
 
 // Query rows [m0, m1) of one batch row from its splits, always in the order of the splits.

@@ -26,6 +26,7 @@ const DecodeKernels* kernels_of(int64_t index) {
     case 1: return &mla::kDecodeAvx2;
     case 2: return &mla::kDecodeAvx512;
     case 3: return &mla::kDecodeAvx512Bf16;
+    case 4: return &mla::kDecodeAvx512Vnni;
 #endif
     default: return nullptr;
   }
@@ -42,7 +43,9 @@ int64_t instruction_sets() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   found |= (avx2 ? 2 : 0) | (avx512 ? 4 : 0);
-  found |= avx512 && __builtin_cpu_supports("avx512bf16") ? 8 : 0;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  found |= bf16 ? 8 : 0;
+  found |= bf16 && __builtin_cpu_supports("avx512vnni") ? 16 : 0;
 #endif
   return found;
 }

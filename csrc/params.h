@@ -114,6 +114,7 @@ extern const DecodeKernels kDecodePortable;
 extern const DecodeKernels kDecodeAvx2;
 extern const DecodeKernels kDecodeAvx512;
 extern const DecodeKernels kDecodeAvx512Bf16;
+extern const DecodeKernels kDecodeAvx512Vnni;
 #endif
 
 }  // namespace mla

@@ -29,4 +29,4 @@ done
 # Python itself leaks on exit, by design.
 LD_PRELOAD="$libraries" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
     "$python" -m pytest -q -n 0 -p no:cacheprovider --capture=sys \
-    tests/test_cpp_decode.py tests/test_cpp_append.py "$@"
+    tests/test_cpp_*.py "$@"

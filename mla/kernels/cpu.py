@@ -22,7 +22,7 @@ from mla.config import Pairing
 from mla.view import CacheView
 
 # Slowest first; the index names a set in `torch.ops.mla_cpp`. Those of x86 are absent elsewhere.
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512bf16", "avx512vnni")
 KINDS = {"plain": 0, "fp8": 1, "int8": 2, "int4": 3}
 PAIRINGS = {"none": 0, "interleaved": 1, "half": 2}
 _PLAIN = (0, 0, 0, 0, 0)
