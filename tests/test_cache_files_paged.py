@@ -145,6 +145,17 @@ def test_shared_pages_are_stored_once_and_only_as_far_as_they_are_used(tmp_path)
     assert tensors["tables.pages"].tolist() == [0, 1, 2, 0, 3, 0, 1, 2]
 
 
+def test_a_shared_page_is_stored_as_far_as_its_longest_user_has_it(tmp_path):
+    for longest in (0, 1):
+        pool = pool_of()
+        filled(pool, list(range(7)))
+        pool.fork(pool.sequences[0])
+        pool.truncate(pool.sequences[1 - longest], 5)
+        save_cache(pool, tmp_path / "pool")
+        assert load_file(tmp_path / "pool")["layers.0.rows"].shape[0] == 7
+        assert state(load_cache(tmp_path / "pool", pool.configs)) == state(pool)
+
+
 def test_tokens_find_the_same_pages_after_loading(tmp_path):
     pool = pool_of()
     filled(pool, list(range(9)), salt="adapter")
