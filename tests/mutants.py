@@ -4,6 +4,7 @@
 here when the code changes. Add a break with each new capability: the one that a reader would miss.
 """
 
+from mutants_files import MUTANTS as BREAKS_OF_FILES
 from mutants_kernels import MUTANTS as BREAKS_OF_KERNELS
 from mutants_ops import MUTANTS as BREAKS_OF_OPS
 
@@ -28,6 +29,7 @@ PLAN = "tests/test_plan.py"
 MUTANTS: list[Mutant] = [
     *BREAKS_OF_OPS,
     *BREAKS_OF_KERNELS,
+    *BREAKS_OF_FILES,
     Mutant(
         name="scale-forgets-the-rotated-width",
         file="mla/config.py",
