@@ -182,6 +182,9 @@ def test_cache_holds_at_most_one_growth_factor():
     worst, mebibytes = bench_cache.memory(1024, "mla DenseLatentCache")
     assert 1.0 < worst <= bench_cache.GROWTH
     assert mebibytes == pytest.approx(1536 * 576 * 4 / 2**20)
+    worst, mebibytes = bench_cache.memory(1024, bench_cache.PAGED)
+    assert 1.0 < worst <= bench_cache.LIMITS[bench_cache.PAGED]
+    assert mebibytes == pytest.approx(1536 * 576 * 4 / 2**20)
     pytest.importorskip("transformers")
     assert bench_cache.memory(64, "transformers DynamicCache")[0] == 1.0
 
@@ -192,6 +195,15 @@ def test_cache_candidate_appends_what_it_claims():
     candidate.run()
     candidate.after()
     assert candidate.units == 64
+
+
+def test_cache_layouts_decode_the_same():
+    point = {"op": "decode", "S": 192}
+    results = {
+        impl: bench_cache.setup_decode(point, impl).run() for impl in bench_cache.DECODE.impls
+    }
+    assert len(results) == 2
+    gate(results, expected=None, tolerance=1e-5, point=point)
 
 
 def test_saved_bytes_count_each_storage_once_and_no_parameter():
