@@ -7,6 +7,7 @@ here when the code changes. Add a break with each new capability: the one that a
 from mutants_files import MUTANTS as BREAKS_OF_FILES
 from mutants_kernels import MUTANTS as BREAKS_OF_KERNELS
 from mutants_ops import MUTANTS as BREAKS_OF_OPS
+from mutants_paged import MUTANTS as BREAKS_OF_PAGES
 
 from tools.mutants import Mutant
 
@@ -30,6 +31,7 @@ MUTANTS: list[Mutant] = [
     *BREAKS_OF_OPS,
     *BREAKS_OF_KERNELS,
     *BREAKS_OF_FILES,
+    *BREAKS_OF_PAGES,
     Mutant(
         name="scale-forgets-the-rotated-width",
         file="mla/config.py",

@@ -176,10 +176,13 @@ def test_rewriting_a_page_that_others_find_leaves_theirs_alone():
 
 def test_copies_are_those_of_the_stored_bytes():
     """Rows are quantised once: a copied page holds the bytes of the first one."""
-    pool = small(codec=Int4Codec())
-    first = filled(pool, [1, 2, 3])
+    pool = PagedLatentCache(config(24, 6), num_pages=2, page_size=Z, codec=Int4Codec())
+    first = pool.allocate()
+    batch = pool.batch([first])
+    batch.reserve(3)
+    batch.append(0, randn(1, 3, 24, seed=1), randn(1, 3, 6, seed=2))
     stored = pool.rows(0)[0, :3].clone()
-    append(pool.batch([pool.fork(first)]), [1])
+    pool.batch([pool.fork(first)]).reserve(1)
     assert torch.equal(pool.rows(0)[1, :3], stored)
 
 

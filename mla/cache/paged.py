@@ -312,7 +312,7 @@ class PagedLatentCache:
                 first_columns[record] = column
             elif slot > 0:
                 self._pages.forget(record.pages[column])
-            record.extend(length)
+            record.length = length
             num_new = -(-length // self.page_size) - len(record.pages)
             record.pages += [self._pages.take() for _ in range(num_new)]
         self._scrub()

@@ -65,10 +65,10 @@ class CachedSequence:
         root: digest before the first page.
         pages: one page for each begun stretch of ``page_size`` positions.
         length: positions reserved so far.
-        written: positions that every layer has written; less than ``length`` during a step and
-            after a step that was given up.
-        token_ids: of the positions from 0 as far as the caller told, which may be further than
-            ``length``. Cut where the rows or the ids have a gap: nothing behind it is hashed.
+        written: positions from 0 that every layer has written; less than ``length`` during a step,
+            and for good after one that was given up and not taken back.
+        token_ids: of the positions from 0 as far as the caller told without a gap, which may be
+            further than ``length``.
         digests: after each full page that was hashed so far.
     """
 
@@ -93,12 +93,6 @@ class CachedSequence:
     def become(self, other: CachedSequence) -> None:
         """Take over all fields of ``other``."""
         vars(self).update(vars(other))
-
-    def extend(self, length: int) -> None:
-        """Begin a step that ends at ``length``."""
-        if self.written < self.length:  # the step before was given up: its rows mean nothing
-            del self.token_ids[self.written :]
-        self.length = length
 
     def learn(self, begin: int, token_ids: Sequence[int]) -> None:
         """Take the ids of the positions from ``begin`` on, unless those before are unknown."""
