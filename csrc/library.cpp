@@ -8,6 +8,7 @@
 #include "append.h"
 #include "checks.h"
 #include "decode.h"
+#include "rotate.h"
 
 namespace {
 
@@ -191,6 +192,29 @@ void norm_rope(Tensor kv_a, MaybeTensor weight, MaybeTensor cos, MaybeTensor sin
   if (p.B * p.L > 0) mla::norm_rope(p);
 }
 
+// Rows of `from` to rows of `to`, both contiguous.
+void rotate(Tensor from, Tensor to, int64_t size) {
+  constexpr const char* op = "mla_rotate";
+  mla::check_dims(op, "from", from, 2);
+  mla::check_dims(op, "to", to, 2);
+  mla::RotateParams p;
+  p.rows = from.size(0), p.C = from.size(1), p.size = size;
+  mla::check_size(op, "to", to, 0, p.rows);
+  mla::check_size(op, "to", to, 1, p.C);
+  MLA_CHECK(
+      size >= 1 && size <= 128 && (size & (size - 1)) == 0 && p.C % size == 0, op,
+      ": size has value ", size, ", expected a power of two up to 128 that divides ", p.C);
+  p.from_dtype = mla::dtype_of(op, "from", from);
+  p.to_dtype = mla::dtype_of(op, "to", to);
+  MLA_CHECK(
+      from.is_contiguous() && to.is_contiguous() && p.from_dtype != mla::Dtype::kUInt8 &&
+          p.to_dtype != mla::Dtype::kUInt8,
+      op, ": from or to is strided or uint8");
+  p.from = static_cast<const char*>(from.data_ptr());
+  p.to = static_cast<char*>(to.data_ptr());
+  mla::rotate(p);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(mla_cpp, m) {
@@ -208,12 +232,14 @@ STABLE_TORCH_LIBRARY(mla_cpp, m) {
   m.def(
       "norm_rope(Tensor kv_a, Tensor? weight, Tensor? cos, Tensor? sin, Tensor(a!) latent, "
       "Tensor(b!) k_rope, float eps, float latent_scale, int pairing) -> ()");
+  m.def("rotate(Tensor from_, Tensor(a!) to, int size) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mla_cpp, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode));
   m.impl("append", TORCH_BOX(&append));
   m.impl("norm_rope", TORCH_BOX(&norm_rope));
+  m.impl("rotate", TORCH_BOX(&rotate));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mla_cpp, CompositeExplicitAutograd, m) {

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import make_view, randn
+from helpers import assert_within_budget, make_view, randn
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DecodeCase, decode_cases
+from strategies import DTYPES, SEEDS, DecodeCase, decode_cases
 from test_cpp_decode import LONG, check, sets
 from torch import Tensor
 
-from mla.codec import Int4Codec, Int8Codec
+from mla.codec import Int4Codec, Int8Codec, rotate_latent
 from mla.kernels import cpu
 
 
@@ -81,3 +81,15 @@ def test_what_is_not_finite_stays_so(name, codec, bad):
     view = make_view(latent, k_rope, [130, 130], codec=codec, dtype=case.dtype)
     out, _ = cpu.decode(*case.queries(), view, case.scale, None, case.dtype, instruction_set=name)
     assert not torch.isfinite(out[1, 0, :, :64]).any() and torch.isfinite(out[0]).all()
+
+
+@given(
+    C=st.sampled_from([1, 24, 96, 128, 512]),
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    seed=SEEDS,
+)
+def test_rotation_is_that_of_the_codec(C, dtypes, seed):
+    latent = randn(2, 3, C, seed=seed, dtype=dtypes[0])
+    exact = rotate_latent(latent.double())
+    plain = rotate_latent(latent.float()).to(dtypes[1])
+    assert_within_budget(cpu._rotate(latent, dtypes[1]), exact, plain, "rotated")

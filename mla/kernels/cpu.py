@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mla.checks import ShapeError, UnsupportedError
-from mla.codec import PlainCodec, rotate_latent
+from mla.codec import PlainCodec
 from mla.config import Pairing
 from mla.view import CacheView
 
@@ -85,15 +85,12 @@ def run_peak(iterations: int, *, bf16: bool) -> int:
     return int(_op("peak")(iterations, bf16, _set_index(None)))
 
 
-@cache
-def _hadamard(size: int, dtype: torch.dtype) -> Tensor:
-    return rotate_latent(torch.eye(size, dtype=dtype))
-
-
-def _rotate(latent: Tensor) -> Tensor:
-    """`rotate_latent` with the matrix kept: making it takes longer than a short decode."""
-    size = math.gcd(latent.shape[-1], 128)
-    return (latent.unflatten(-1, (-1, size)) @ _hadamard(size, latent.dtype)).flatten(-2)
+def _rotate(latent: Tensor, dtype: torch.dtype) -> Tensor:
+    """`rotate_latent` in float32, rounded to ``dtype``."""
+    C = latent.shape[-1]
+    out = torch.empty(latent.shape, dtype=dtype)
+    _op("rotate")(latent.reshape(-1, C), out.view(-1, C), math.gcd(C, 128))
+    return out
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -129,7 +126,7 @@ def decode(
     """
     rotation = view.codec.rotation
     if rotation:
-        q_latent = _rotate(q_latent)
+        q_latent = _rotate(q_latent, q_latent.dtype)
     dtype = torch.float32 if rotation else out_dtype
     out = torch.empty(q_latent.shape, dtype=dtype)
     lse = torch.empty(q_latent.shape[:3], dtype=torch.float32)
@@ -152,14 +149,14 @@ def decode(
     except RuntimeError as error:
         _refuse(error)
     if rotation:
-        out = _rotate(out).to(out_dtype)
+        out = _rotate(out, out_dtype)
     return out, lse
 
 
 def append(view: CacheView, latent: Tensor, k_rope: Tensor, new_lengths: Tensor | None) -> None:
     """Code and store ``latent [B, L, C]`` and ``k_rope [B, L, R]``."""
     if view.codec.rotation:
-        latent = _rotate(latent.float())
+        latent = _rotate(latent, torch.float32)
     try:
         _op("append")(
             view.rows,
