@@ -94,8 +94,8 @@ class CodedKeys(NamedTuple):
 
     def view(self, runs: KeyRuns, dtype: torch.dtype) -> CacheView:
         """The visible keys for `mla_decode`, where they lie."""
-        lengths = _lengths(runs, self.stored.rows)
-        return replace(self.stored, lengths=lengths, starts=runs.starts, max_length=runs.num_keys)
+        lengths, starts = _lengths(runs, self.stored.rows), runs.starts
+        return replace(self.stored, lengths=lengths, starts=starts, max_length=runs.num_keys)
 
 
 def attend(

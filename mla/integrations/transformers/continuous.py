@@ -82,7 +82,7 @@ class LatentBatchingManager(ContinuousBatchingManager):
         finally:
             self.model = model
         processor.cache.__class__ = PagedLatents
-        processor.cache.hold_latents_(self._codec)
+        processor.cache.hold_latents_(self._codec, row_bytes(self._pool_config, model.dtype))
         inputs = processor.inputs_and_outputs
         inputs.get_model_kwargs = _WithoutMask(inputs.get_model_kwargs, model.device)
         return processor
@@ -149,10 +149,9 @@ def pool_config(model: Any, layers: list[Any], codec: Codec) -> Any:
     text = model.config.get_text_config()
     found = {layer.layer_idx for layer in layers}
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    has_window = getattr(text, "layer_types", None) is None and getattr(
-        text, "sliding_window", None
-    )
-    if found != set(range(text.num_hidden_layers)) or kinds != {"full_attention"} or has_window:
+    if getattr(text, "layer_types", None) is None and getattr(text, "sliding_window", None):
+        kinds = {"sliding_attention"}
+    if found != set(range(text.num_hidden_layers)) or kinds != {"full_attention"}:
         raise UnsupportedError(
             f"{OP}: model has {len(found)} replaced layers and layer types {sorted(kinds)}, "
             f"expected full attention replaced in all {text.num_hidden_layers} layers; use "
@@ -173,6 +172,11 @@ def pool_config(model: Any, layers: list[Any], codec: Codec) -> Any:
     # Like flash attention, ours needs no mask and no repeated heads: plan memory as for that.
     config._attn_implementation_internal = "flash_attention_2"
     return config
+
+
+def row_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of one token in one layer under `pool_config`: keys and values of its one head."""
+    return 2 * int(config.head_dim) * dtype.itemsize
 
 
 def _check_runner(config: Any) -> None:

@@ -11,7 +11,8 @@ is copied, moved or held twice. Coded rows fit too, their W bytes are a multiple
 
 A batch packs the new tokens of all requests into one row of T. Each token is written as a row of
 its own; then requests are attended to as `mla.module` does it: the first tokens of a request are
-expanded from what they are, few new tokens decode absorbed, many are expanded with their past.
+expanded from what they are, few new tokens decode absorbed, many are expanded with their past. So
+with coded rows, where transformers cuts a prompt or finds a shared prefix shows in the result.
 
 Dims: T new tokens, B requests, L new tokens of each, H heads, Z positions in one page, W row width,
 C latent width, N unrotated, R rotated and V value width.
@@ -23,10 +24,12 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.generation.continuous_batching import PagedAttentionCache
 
 from mla.absorb import absorb_output, absorb_queries, effective_weight, split_kv_b
+from mla.checks import UnsupportedError
 from mla.codec import Codec
 from mla.integrations.transformers.attend import Sizes
 from mla.ops import mla_append, mla_decode, mla_gather, mla_prefill
@@ -147,9 +150,22 @@ class PagedLatents(PagedAttentionCache):
     batch: Batch
     _prepared: Any  # the list that transformers fills for the batch of `batch`
 
-    def hold_latents_(self, codec: Codec) -> None:
-        """Read pages as rows of ``codec`` from now on."""
+    def hold_latents_(self, codec: Codec, row_bytes: int) -> None:
+        """Read pages as rows of ``codec`` from now on.
+
+        Raises:
+            UnsupportedError: this transformers lays its pages out in another way.
+        """
         (allocator,) = self.cache_allocators.values()
+        page_bytes = allocator.tokens_per_page * row_bytes
+        num_layers = len(allocator.layer_indices)
+        held = (allocator.bytes_per_page, allocator.bytes_per_block)
+        if held != (page_bytes, num_layers * page_bytes):
+            raise UnsupportedError(
+                f"generate_batch: pages and blocks of transformers {transformers.__version__} have "
+                f"{held} bytes, expected {(page_bytes, num_layers * page_bytes)}, one row of "
+                f"{row_bytes} bytes for each token and layer; generate() works with this one"
+            )
         self.codec, self._prepared = codec, None
         self.batch = Batch(allocator.tokens_per_page, self.cache_tensor.device)
 
@@ -178,7 +194,8 @@ class PagedLatents(PagedAttentionCache):
         num_layers, Z = len(allocator.layer_indices), allocator.tokens_per_page
         num_blocks = self.cache_tensor.numel() // allocator.bytes_per_block
         pages = stored.view(num_blocks, num_layers, Z, -1)
-        return pages[:, allocator.layer_indices.index(layer_idx), :, : self.codec.row_width(C, R)]
+        place = allocator.layer_indices.index(layer_idx)
+        return pages[:, place, :, : self.codec.row_width(C, R)]
 
 
 def attend_batch(

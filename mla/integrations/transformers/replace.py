@@ -144,10 +144,10 @@ class _CachePreparer:
         result = stock(model, generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         chosen = generation_config.cache_implementation
-        if given is None and type(cache) is DynamicCache and chosen is None:
-            cache.__class__ = LatentCache
-            hold_latents_(cache, self.codec, self.layers)
-        elif given is None and type(cache) is StaticCache:
+        is_default = type(cache) is DynamicCache and chosen is None
+        if given is None and (is_default or type(cache) is StaticCache):
+            if is_default:
+                cache.__class__ = LatentCache
             hold_latents_(cache, self.codec, self.layers)
         return result
 
