@@ -82,6 +82,20 @@ def test_pages_are_found_only_after_every_layer_has_written_them():
     assert pool.length(pool.allocate(ids)) == 4
 
 
+def test_rows_that_a_failed_step_left_out_are_never_found():
+    pool = small(num_layers=2)
+    ids = list(range(9))
+    batch = pool.batch([pool.allocate(ids)])
+    batch.reserve(2)
+    batch.append(0, torch.zeros(1, 2, C), torch.zeros(1, 2, R))  # and the second layer raises
+    append(batch, [7])  # not taken back: the caller goes on
+    assert pool.length(pool.allocate(ids)) == 0
+    batch.truncate([0])
+    append(batch, [9], token_ids=[ids])
+    assert pool.length(pool.allocate(ids)) == 8
+    pool.check()
+
+
 def test_generated_tokens_are_found_where_their_ids_are_told():
     pool = small()
     chat = filled(pool, [1, 2])

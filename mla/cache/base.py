@@ -33,6 +33,14 @@ class CacheFull(ValueError):
         self.needed, self.free = needed, free
 
 
+def send(values: Sequence[int], target: Tensor) -> None:
+    """Write ``values`` to an int32 tensor, in place and without waiting for the device.
+
+    CUDA stages what lies in pageable memory before the call returns, so it may be freed then.
+    """
+    target.copy_(torch.tensor(values, dtype=torch.int32), non_blocking=True)
+
+
 class LatentCache:
     """Lengths and reservations; a layout adds the storage.
 
@@ -138,8 +146,8 @@ class LatentCache:
         self._is_padded = len(set(counts)) > 1
         self._may_pad = not isinstance(new_lengths, int)
         self._most_new = max(counts)
-        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
-        self._new_lengths.copy_(torch.tensor(counts, dtype=torch.int32))
+        send(lengths, self.lengths)
+        send(counts, self._new_lengths)
         if is_cold:
             self._set_starts(starts if starts is not None and any(starts) else [0] * B)
         self._pending = [True] * len(self._pending)
@@ -289,7 +297,7 @@ class LatentCache:
     def _set_lengths(self, lengths: list[int]) -> None:
         self._host_lengths = lengths
         self._pending = [False] * len(self._pending)
-        self.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        send(lengths, self.lengths)
 
     def _set_starts(self, starts: Sequence[int]) -> None:
         self._host_starts = list(starts)
@@ -298,7 +306,7 @@ class LatentCache:
         elif self.starts is None:
             self.starts = torch.tensor(starts, dtype=torch.int32, device=self.device)
         else:
-            self.starts.copy_(torch.tensor(starts, dtype=torch.int32))
+            send(starts, self.starts)
 
     def _make_room(self, lengths: list[int]) -> None:
         """Allocate for these lengths or raise CacheFull and change nothing."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mla.cache.base import CacheFull, LatentCache
-from mla.cache.prefix import CachedSequence, checked_ids
+from mla.cache.prefix import CachedSequence, Step, checked_ids
 from mla.checks import ShapeError, UnsupportedError
 from mla.view import CacheView
 
@@ -131,7 +131,7 @@ class PagedBatch(LatentCache):
                 spans.append((record, begin, record.length))
                 if ids is not None:
                     record.learn(begin, ids)
-        self.pool._begin_step(self._pending, spans)
+        self.pool._begin_step(Step(self._pending, spans))
 
     def commit(self) -> None:
         """Say that all layers have written this step, where a replayed graph wrote for them.
@@ -269,7 +269,7 @@ class PagedBatch(LatentCache):
         if not entries:
             return
         self._widen(1 + max(column for _, column, _ in entries))
-        row_idx, column, page = torch.tensor(entries).to(self.device).unbind(1)
+        row_idx, column, page = torch.tensor(entries).to(self.device, non_blocking=True).unbind(1)
         self.page_table[row_idx, column] = page.to(torch.int32)
 
     def _widen(self, columns: int) -> None:

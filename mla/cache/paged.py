@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -17,17 +16,10 @@ from torch import Tensor
 from mla.cache.base import CacheFull
 from mla.cache.batch import PagedBatch
 from mla.cache.pages import PageAllocator
-from mla.cache.prefix import CachedSequence, checked_ids, prefix_digests, root_digest
+from mla.cache.prefix import CachedSequence, Step, checked_ids, prefix_digests, root_digest
 from mla.checks import FLOAT_DTYPES, ShapeError
 from mla.codec import Codec, PlainCodec
 from mla.config import MLAConfig
-
-
-class Step(NamedTuple):
-    """Positions that were reserved together, and which layers have not written them yet."""
-
-    pending: list[bool]
-    spans: list[tuple[CachedSequence, int, int]]
 
 
 class PagedLatentCache:
@@ -289,7 +281,7 @@ class PagedLatentCache:
         """Pages for these new lengths, or CacheFull and no change.
 
         Copies the pages that are shared and about to be written. Shows the change to all batches
-        but ``batch``; returns the first changed column of each sequence.
+        but ``batch``; returns the first changed column of each sequence whose pages changed.
         """
         self._settle()
         needed = self._pages_needed(lengths)
@@ -304,7 +296,10 @@ class PagedLatentCache:
         copies, first_columns = [], {}
         for record, length in lengths.items():
             column, slot = divmod(record.length, self.page_size)
-            first_columns[record] = len(record.pages)
+            num_new = -(-length // self.page_size) - len(record.pages)
+            if num_new > 0:
+                first_columns[record] = len(record.pages)
+                record.pages += [self._pages.take() for _ in range(num_new)]
             if slot > 0 and self._pages.references(record.pages[column]) > 1:
                 copies.append((record.pages[column], self._pages.take()))
                 self._pages.release([record.pages[column]])
@@ -313,26 +308,28 @@ class PagedLatentCache:
             elif slot > 0:
                 self._pages.forget(record.pages[column])
             record.length = length
-            num_new = -(-length // self.page_size) - len(record.pages)
-            record.pages += [self._pages.take() for _ in range(num_new)]
         self._scrub()
         self._copy(copies)
-        self._announce(first_columns, batch)
+        if others := [other for other in self._batches if other is not batch]:
+            self._announce({r: first_columns.get(r, len(r.pages)) for r in lengths}, others)
         return first_columns
 
     def _pages_needed(self, lengths: Mapping[CachedSequence, int]) -> int:
         """Pages for the new positions, and for the copies of shared pages that are written."""
-        Z = self.page_size
-        new = sum(-(-length // Z) - len(record.pages) for record, length in lengths.items())
-        writers = Counter(record.pages[-1] for record in lengths if record.length % Z > 0)
-        # The last of the users of a page needs no copy.
-        copies = (min(n, self._pages.references(page) - 1) for page, n in writers.items())
-        return new + sum(copies)
+        Z, needed = self.page_size, 0
+        writers: Counter[int] = Counter()
+        for record, length in lengths.items():
+            needed += -(-length // Z) - len(record.pages)
+            if record.length % Z > 0 and self._pages.references(record.pages[-1]) > 1:
+                writers[record.pages[-1]] += 1
+        for page, num_writers in writers.items():  # the last of its users needs no copy
+            needed += min(num_writers, self._pages.references(page) - 1)
+        return needed
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:
         """Copy pages as they are stored, in all layers."""
         if copies:
-            source, target = torch.tensor(copies).to(self.device).unbind(1)
+            source, target = torch.tensor(copies).to(self.device, non_blocking=True).unbind(1)
             for rows in self._rows:
                 rows[target] = rows[source]
 
@@ -340,7 +337,7 @@ class PagedLatentCache:
         """Zero what became nobody's."""
         discarded = self._pages.drain_discarded()
         if discarded and self.scrub_on_free:
-            pages = torch.tensor(discarded).to(self.device)
+            pages = torch.tensor(discarded).to(self.device, non_blocking=True)
             for rows in self._rows:
                 rows[pages] = 0
 
@@ -366,17 +363,17 @@ class PagedLatentCache:
         self._announce({record: 0 for record, _ in copies})
 
     def _announce(
-        self, first_columns: dict[CachedSequence, int], but: PagedBatch | None = None
+        self,
+        first_columns: dict[CachedSequence, int],
+        batches: Iterable[PagedBatch] | None = None,
     ) -> None:
-        for batch in self._batches:
-            if batch is not but:
-                batch._follow(first_columns)
+        """Show sequences whose length, or pages from a column on, have changed."""
+        for batch in self._batches if batches is None else batches:
+            batch._follow(first_columns)
 
-    def _begin_step(
-        self, pending: list[bool], spans: list[tuple[CachedSequence, int, int]]
-    ) -> None:
-        if spans:
-            self._steps.append(Step(pending, spans))
+    def _begin_step(self, step: Step) -> None:
+        if step.spans:
+            self._steps.append(step)
 
     def _forget_steps(self, records: Iterable[CachedSequence]) -> None:
         """Steps of these sequences that are not finished never will be."""
@@ -392,5 +389,6 @@ class PagedLatentCache:
             self._steps = [step for step in self._steps if any(step.pending)]
         for record, begin, end in itertools.chain.from_iterable(step.spans for step in finished):
             record.finish(begin, end)
-            for page, digest in record.new_digests(self.page_size):
-                self._pages.publish(page, digest)
+            if record.has_new_digests(self.page_size):
+                for page, digest in record.new_digests(self.page_size):
+                    self._pages.publish(page, digest)

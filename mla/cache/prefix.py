@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -113,6 +114,10 @@ class CachedSequence:
         self.length, self.written = length, min(self.written, length)
         return dropped
 
+    def has_new_digests(self, page_size: int) -> bool:
+        """Whether `new_digests` gives any."""
+        return min(self.written, len(self.token_ids)) >= (len(self.digests) + 1) * page_size
+
     def new_digests(self, page_size: int) -> Iterator[tuple[int, bytes]]:
         """Pages that are full, written and known since the last call, with their digests."""
         known = min(self.written, len(self.token_ids)) // page_size
@@ -140,3 +145,15 @@ class CachedSequence:
         digests = list(prefix_digests(self.root, self.token_ids[:known], page_size))
         if self.digests != digests[: len(self.digests)]:
             raise AssertionError(f"sequence {name} has digests of other tokens than its own")
+
+
+class Step(NamedTuple):
+    """Positions ``[begin, end)`` that were reserved together.
+
+    Attributes:
+        pending: for each layer whether it has not written them yet; shared with the batch.
+        spans: (sequence, begin, end).
+    """
+
+    pending: list[bool]
+    spans: list[tuple[CachedSequence, int, int]]
