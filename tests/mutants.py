@@ -8,6 +8,7 @@ from mutants_files import MUTANTS as BREAKS_OF_FILES
 from mutants_kernels import MUTANTS as BREAKS_OF_KERNELS
 from mutants_ops import MUTANTS as BREAKS_OF_OPS
 from mutants_paged import MUTANTS as BREAKS_OF_PAGES
+from mutants_transformers import MUTANTS as BREAKS_OF_TRANSFORMERS
 
 from tools.mutants import Mutant
 
@@ -30,6 +31,7 @@ PLAN = "tests/test_plan.py"
 MUTANTS: list[Mutant] = [
     *BREAKS_OF_OPS,
     *BREAKS_OF_KERNELS,
+    *BREAKS_OF_TRANSFORMERS,
     *BREAKS_OF_FILES,
     *BREAKS_OF_PAGES,
     Mutant(
