@@ -242,3 +242,45 @@ def test_right_padding_by_mask_and_left_padding_refused():
         with pytest.raises(ValueError, match="pad on the right"):
             layer(x, cache=batch, attn_mask=mask.flip(1))
     assert batch.lengths.tolist() == [0, 0]
+
+
+def test_compiled_layers_decode_in_one_graph_whatever_happens_to_the_rows():
+    """One for the cold step, one for all others: forks, rollbacks and idle rows included."""
+    layers = [make_layer(SMALL, i, torch.float32, layer_idx=i) for i in range(2)]
+    options: dict[str, Any] = {"num_layers": 2, "dtype": torch.float32}
+    pool = PagedLatentCache(SMALL, num_pages=50, page_size=4, **options)
+    ids = list(range(20))
+    batch = pool.batch([pool.allocate(ids), pool.allocate()], max_length=40)
+    graphs = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def run(x: Tensor, cache: LatentCache) -> Tensor:
+        for layer in layers:
+            x = x + layer(x, cache=cache)
+        return x
+
+    with torch.no_grad():
+        for step in range(12):
+            if step == 4:
+                batch.select([pool.fork(batch.sequences[0]), batch.sequences[1]])
+            if step == 6:
+                batch.truncate([5, 6])
+            if step == 8:
+                pool.free(batch.sequences[1])
+            num_tokens = 3 if step == 0 else 1
+            x = inputs(2, num_tokens, step, torch.float32)
+            alone = pool.batch([pool.fork(batch.sequences[0])])
+            batch.reserve(num_tokens)
+            out = run(x, batch)
+            expected = x[:1]
+            for layer in layers:
+                expected = expected + layer(expected, cache=alone)
+            torch.testing.assert_close(out[:1], expected)
+            pool.free(alone.sequences[0])
+            pool.check()
+    assert len(graphs) == 2
+    assert pool.length(pool.allocate(ids)) == 4
