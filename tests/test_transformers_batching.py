@@ -287,3 +287,12 @@ def test_recorded_steps_are_refused() -> None:
     config = ContinuousBatchingConfig(**SMALL, default_compile_level=1)
     with pytest.raises(UnsupportedError, match="asks for compilation, expected neither"):
         replaced().generate_batch(prompts(3), continuous_batching_config=config)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("codec", [None, *CODECS.values()])
+@pytest.mark.parametrize("use_async_batching", [False, True])
+def test_ragged_prompts_on_a_gpu(codec: Codec | None, use_async_batching: bool) -> None:
+    model, inputs = replaced(codec=codec), prompts(*LENGTHS)
+    options = {"use_async_batching": use_async_batching, "allow_block_sharing": False}
+    assert batched(copy.deepcopy(model).cuda(), inputs, **options) == alone(model, inputs)

@@ -14,17 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import oracle_row, poison_
+from helpers import oracle_row, poison_, randn
 from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
 from hf_models import HYBRID, STANDARD, attention, left_padded, tiny_config, tiny_model, tokens
+from test_convert_model import grouped_model
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from mla.cache import DenseLatentCache
 from mla.checks import UnsupportedError
 from mla.codec import Codec, Fp8Codec, Int4Codec, Int8Codec
+from mla.integrations.converted import convert_model
 from mla.integrations.transformers import (
     LatentCache,
     StaticLatentCache,
@@ -318,3 +321,34 @@ def test_queries_alone_may_be_trained_against_coded_rows() -> None:
         grads.append(weight.grad)
     assert grads[0].abs().max() > 1e-3
     torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_layer_says_what_our_own_module_says(name: str) -> None:
+    """A converted layer holds a `MultiheadLatentAttention`: the same steps from its own cache."""
+    model = convert_model(grouped_model(), tokens(2, 24, seed=1), kv_budget=(8, 24)).model
+    replace_attention(model, codec=CODECS[name])
+    layer, config = model.model.layers[0].self_attn, model.model.layers[0].self_attn.mla.config
+    assert (config.kv_lora_rank, config.qk_rope_head_dim) == (24, 8)
+    ours = LatentCache(model.config, codec=CODECS[name])
+    causal = torch.empty(2, 1, 1, 0, dtype=torch.int32)  # of `key_run_mask`, without padding
+    own = DenseLatentCache(config, batch_size=2, codec=CODECS[name], dtype=torch.float64)
+    with torch.no_grad():
+        for seed, length in enumerate((6, 1, 1, 3, 40, 1)):
+            hidden = randn(2, length, 48, seed=seed, dtype=torch.float64)
+            expected = layer.mla(hidden, cache=own)
+            got, _ = layer(hidden, attention_mask=causal, past_key_values=ours)
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(ours.layers[0].rows[:, :52], own.view(0).rows[:, :52])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", KINDS)
+def test_greedy_on_a_gpu(name: str) -> None:
+    ours = replaced("deepseek_v3", name)
+    expected = generate(ours, **left_padded([3, 9]))
+    device = copy.deepcopy(ours).cuda()
+    batch = {key: x.cuda() for key, x in left_padded([3, 9]).items()}
+    for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
+        got = generate(device, **batch, **options)
+        assert torch.equal(got.sequences.cpu(), expected.sequences)

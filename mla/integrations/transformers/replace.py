@@ -66,10 +66,10 @@ def replace_attention(
     """Make the MLA layers of ``model`` decode straight from their latents, changed in place.
 
     ``generate`` then also uses a `LatentCache` where the caller chose no cache, and latent layers
-    in a static one. With plain rows tokens stay those of the stock model up to rounding; with coded
-    ones, those of a model whose earlier tokens were replaced by what is left of them. Calling it
-    again replaces again, with the new options. All layers of one decoder share a mask, so a decoder
-    is replaced whole or left whole.
+    in a static one; ``generate_batch`` keeps the same rows in pages. With plain rows tokens stay
+    those of the stock model up to rounding; with coded ones, those of a model whose earlier tokens
+    were replaced by what is left of them. Calling it again replaces again, with the new options.
+    All layers of one decoder share a mask, so a decoder is replaced whole or left whole.
 
     Args:
         model: a model of transformers 5.15 or newer, or a module that holds one (a peft model).
