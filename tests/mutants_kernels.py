@@ -7,6 +7,7 @@ from tools.mutants import Mutant
 DECODE = "tests/kernels/test_triton_decode.py"
 APPEND = "tests/kernels/test_triton_append.py"
 MERGE = "tests/kernels/test_triton_merge.py"
+TILES = "tests/kernels/test_triton_tiles.py"
 SPLITS = "tests/kernels/test_triton_splits.py"
 LAUNCH = "tests/kernels/test_launch.py"
 BENCHMARKS = "tests/kernels/test_gpu_benchmarks.py"
@@ -114,16 +115,30 @@ MUTANTS: list[Mutant] = [
     _break(
         "codes-have-no-sign",
         "mla/kernels/tiles.py",
-        "return ((code << 24) >> 24).to(tl.float32)",
-        "return code.to(tl.float32)",
-        f"{DECODE}::test_matches_the_oracle_on_coded_rows",
+        "high = (word.to(tl.int32, bitcast=True) >> 24).to(tl.float32) * scale",
+        "high = (word >> 24).to(tl.float32) * scale",
+        f"{TILES}::test_every_code_in_every_column",
     ),
     _break(
         "codes-of-odd-columns-lost",
         "mla/kernels/tiles.py",
-        "mask = is_stored_S[:, None] & (j < (C + 1) // 2)[None, :]",
-        "mask = is_stored_S[:, None] & (j < C // 2)[None, :]",
-        f"{DECODE}::test_matches_the_oracle_on_coded_rows",
+        "mask = is_stored_S[:, None] & (j < (C + 3) // 4)[None, :]",
+        "mask = is_stored_S[:, None] & (j < C // 4)[None, :]",
+        f"{TILES}::test_every_code_in_every_column",
+    ),
+    _break(
+        "codes-of-a-word-in-another-order",
+        "mla/kernels/tiles.py",
+        "n2, n3 = code_pair(word >> 8, scale_S1, KIND, dtype)",
+        "n3, n2 = code_pair(word >> 8, scale_S1, KIND, dtype)",
+        f"{TILES}::test_every_code_in_every_column",
+    ),
+    _break(
+        "codes-lose-a-mantissa-bit",
+        "mla/kernels/tiles.py",
+        "low, high = float16_pair((word & 0x80008000) | ((word >> 1) & 0x3F803F80))",
+        "low, high = float16_pair((word & 0x80008000) | ((word >> 1) & 0x3F003F00))",
+        f"{TILES}::test_every_code_in_every_column",
     ),
     _break(
         "scales-of-the-other-half",

@@ -78,6 +78,7 @@ def decode_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_R: tl.constexpr,
     IN_BRANCH: tl.constexpr,  # see DecodeRow
+    ONCE: tl.constexpr,  # see DecodePlan
     UPCAST: tl.constexpr,
 ):
     tile = tl.program_id(0)
@@ -150,7 +151,7 @@ def decode_kernel(
         values = ()
         for t in tl.static_range(T):
             values += (
-                load_tile(row_S, is_stored, t, C, W, KIND, SCALES_AT, SCALE_BITS, dot_dtype),
+                load_tile(row_S, is_stored, t, C, W, KIND, SCALES_AT, SCALE_BITS, ONCE, dot_dtype),
             )
         key = 0
         if R > 0:

@@ -148,6 +148,7 @@ class DecodePlan(NamedTuple):
     IN_BRANCH: bool
     W: int  # columns of one tile
     T: int  # tiles of a row
+    ONCE: int = 0  # of them, converted once for both products at the price of shared memory
 
     def constants(self, R: int) -> dict[str, int]:
         """Constants of the kernel that the plan decides."""
@@ -160,6 +161,7 @@ class DecodePlan(NamedTuple):
             "BLOCK_S": self.BLOCK_S,
             "BLOCK_R": max(16, triton.next_power_of_2(R)),
             "IN_BRANCH": self.IN_BRANCH,
+            "ONCE": self.ONCE,
         }
 
     def num_splits(self, max_length: int) -> int:
@@ -251,7 +253,30 @@ def decode_plan(
             plan = plan._replace(BLOCK_S=plan.BLOCK_S // 2)
         else:
             break
-    return plan
+    return plan._replace(ONCE=_converted_once(architecture, plan, R, dtype, codec))
+
+
+def _converted_once(
+    architecture: str, plan: DecodePlan, R: int, dtype: torch.dtype, codec: Codec
+) -> int:
+    """As many tiles as leave the number of blocks on a multiprocessor as it is.
+
+    mma.sync takes its operands from registers, so the compiler would convert codes for scores and
+    again for values; wgmma and tcgen05 take them from shared memory.
+    """
+    if isinstance(codec, PlainCodec) or dtype == torch.float32:
+        return 0
+    if architecture == "interpreter":
+        return 1  # so that both ways are tested
+    if not architecture.startswith("sm") or (architecture, plan.BLOCK_H) in DECODE_MMA:
+        return 0
+
+    def num_blocks(once: int) -> int:
+        taken = shared_bytes(architecture, plan._replace(ONCE=once), R, dtype, codec)
+        return (SHARED_LIMIT[architecture] + 1024) // (taken + 1024)  # 1 KiB is the system's
+
+    most = max(1, num_blocks(0))
+    return max((once for once in range(plan.T + 1) if num_blocks(once) >= most), default=0)
 
 
 def shared_bytes(
@@ -274,7 +299,8 @@ def shared_bytes(
         num_scales = plan.T + (codec.rope_bits == 8)
         words = num_scales if codec.scale_dtype.itemsize == 4 else (num_scales + 1) // 2
         coded = plan.BLOCK_S * (columns * codec.value_bits // 8 + 4 * words)
-        keys = buffers * coded + (buffers + extra) * rope_bytes + plan.BLOCK_S * columns * size
+        keys = buffers * coded + (buffers + extra) * rope_bytes
+        keys += plan.BLOCK_S * plan.W * (plan.T + plan.ONCE) * size
     return queries + weights + keys + scratch
 
 

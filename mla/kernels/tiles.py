@@ -1,8 +1,8 @@
 """Tiles of cached rows: how a codec's bytes become numbers and back, and how keys are split.
 
 A latent row is read in tiles of W columns, one dot product each; a tile of coded values is one
-scale group. Coded values are loaded in pairs and joined once they are numbers: without the join the
-compiler repeats the conversion for keys and for values, and no longer loads ahead.
+scale group. Codes are loaded four at a time, become numbers two at a time and are joined in the
+order of the columns: without joins the compiler no longer loads ahead.
 
 Dims: S keys of one tile, W columns of one tile, T tiles of a row, C latent width, Z positions in
 one page. Source: layouts of mla.codec; oracle mla.reference.decode_row.
@@ -47,6 +47,7 @@ def load_tile(
     KIND: tl.constexpr,
     SCALES_AT: tl.constexpr,
     SCALE_BITS: tl.constexpr,
+    ONCE: tl.constexpr,  # so many tiles of coded rows are converted once, see DecodePlan
     dtype: tl.constexpr,
 ):
     """Values of tile ``t``, ``[S, W]`` of ``dtype``; 0 where no key is stored."""
@@ -55,16 +56,27 @@ def load_tile(
         mask = is_stored_S[:, None] & (column < C)[None, :]
         return tl.load(row_S[:, None] + column[None, :], mask=mask, other=0).to(dtype)
     else:
-        # Pair j of the row holds columns 2j and 2j + 1, in a byte (int4) or in two.
-        pair_S = row_S if KIND == INT4 else row_S.to(tl.pointer_type(tl.uint16), bitcast=True)
-        j = t * (W // 2) + tl.arange(0, W // 2)
-        mask = is_stored_S[:, None] & (j < (C + 1) // 2)[None, :]
-        pair = tl.load(pair_S[:, None] + j[None, :], mask=mask, other=0).to(tl.int32)
-        scale_S1 = load_scale(row_S, is_stored_S, t, SCALES_AT, SCALE_BITS)[:, None]
-        bits: tl.constexpr = 4 if KIND == INT4 else 8
-        low = code_to_float(pair & (2**bits - 1), KIND) * scale_S1
-        high = code_to_float(pair >> bits, KIND) * scale_S1
-        return tl.reshape(tl.join(low.to(dtype), high.to(dtype)), [row_S.shape[0], W])
+        # Word j holds 4 codes. It may end in padding: the sections of a row are multiples of 16.
+        word_type: tl.constexpr = tl.uint16 if KIND == INT4 else tl.uint32
+        word_S = row_S.to(tl.pointer_type(word_type), bitcast=True)
+        j = t * (W // 4) + tl.arange(0, W // 4)
+        mask = is_stored_S[:, None] & (j < (C + 3) // 4)[None, :]
+        word = tl.load(word_S[:, None] + j[None, :], mask=mask, other=0).to(tl.uint32)
+        scale_S = load_scale(row_S, is_stored_S, t, SCALES_AT, SCALE_BITS)
+        if t < ONCE:
+            # Changes no number. The compiler converts codes twice, into the registers of either
+            # product, where nothing but loads lies behind the numbers; otherwise once, and keeps
+            # them in shared memory (Triton 3.6.0 and 3.7.1).
+            scale_S = tl.where(is_stored_S, scale_S, 0.0)
+        scale_S1 = scale_S[:, None]
+        if KIND == INT4:
+            word |= word << 12  # the second code 16 bits from the first, the last from the third
+            n0, n1 = code_pair(word, scale_S1, KIND, dtype)
+            n2, n3 = code_pair(word >> 8, scale_S1, KIND, dtype)
+        else:
+            n0, n2 = code_pair(word << 8, scale_S1, KIND, dtype)
+            n1, n3 = code_pair(word, scale_S1, KIND, dtype)
+        return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [row_S.shape[0], W])
 
 
 @triton.jit
@@ -96,15 +108,33 @@ def load_rope(
 
 
 @triton.jit
-def code_to_float(code, KIND: tl.constexpr):
-    """int32 codes as float32, exact for all finite ones; sm80 cannot load e4m3 itself."""
+def code_pair(word, scale, KIND: tl.constexpr, dtype: tl.constexpr):
+    """One code of each half of ``word`` times ``scale``: the lowest 4 bits, or the highest 8.
+
+    Exact in float32. Codes become the bits of float16 numbers two at a time, which all targets
+    convert; sm80 cannot load e4m3 itself. 1024 + n for int4, whose products with a float16 scale
+    have 22 bits; e4m3 values times 2**-8, those below the normal ones too.
+    """
     if KIND == INT4:
-        return (code - 8).to(tl.float32)
-    elif KIND == INT8:
-        return ((code << 24) >> 24).to(tl.float32)
+        low, high = float16_pair((word & 0x000F000F) | 0x64006400)
+        low = low * scale - 1032.0 * scale
+        high = high * scale - 1032.0 * scale
+    elif KIND == FP8:
+        low, high = float16_pair((word & 0x80008000) | ((word >> 1) & 0x3F803F80))
+        low *= 256.0 * scale
+        high *= 256.0 * scale
     else:
-        bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
-        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+        low = ((word << 16).to(tl.int32, bitcast=True) >> 24).to(tl.float32) * scale
+        high = (word.to(tl.int32, bitcast=True) >> 24).to(tl.float32) * scale
+    return low.to(dtype), high.to(dtype)
+
+
+@triton.jit
+def float16_pair(word):
+    """The two float16 numbers whose bits ``word`` holds, as float32."""
+    low = word.to(tl.uint16).to(tl.float16, bitcast=True)
+    high = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return low.to(tl.float32), high.to(tl.float32)
 
 
 @triton.jit

@@ -85,7 +85,19 @@ def test_every_part_of_a_row_is_fetched_ahead_on_sm90(kind: str, H: int) -> None
     codec = {"plain": PlainCodec(), "fp8": Fp8Codec(), "int4": Int4Codec()}[kind]
     plan = launch.decode_plan("sm90", H, 512, 64, torch.bfloat16, codec)
     expected = launch.shared_bytes("sm90", plan, 64, torch.bfloat16, codec)
-    assert expected - 1024 <= compile_variant(variant).shared <= expected
+    twice = launch.shared_bytes("sm90", plan._replace(ONCE=0), 64, torch.bfloat16, codec)
+    assert twice - 1024 <= compile_variant(variant).shared <= expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "H", "once"),
+    [("sm90", 16, 2), ("sm90", 128, 0), ("sm80", 16, 4), ("sm86", 16, 0), ("gfx942", 16, 0)],
+)
+def test_codes_are_converted_once_where_that_costs_no_block(architecture, H, once) -> None:
+    plan = launch.decode_plan(architecture, H, 512, 64, torch.bfloat16, Fp8Codec())
+    assert once == plan.ONCE
+    for codec, dtype in ((PlainCodec(), torch.bfloat16), (Fp8Codec(), torch.float32)):
+        assert launch.decode_plan(architecture, H, 512, 64, dtype, codec).ONCE == 0
 
 
 def test_warp_groups_share_the_scores_of_64_rows() -> None:
