@@ -289,6 +289,20 @@ def test_recorded_steps_are_refused() -> None:
         replaced().generate_batch(prompts(3), continuous_batching_config=config)
 
 
+def test_another_layout_of_pages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = paged.PagedLatents.hold_latents_
+    monkeypatch.setattr(paged.PagedLatents, "hold_latents_", lambda *x: real(*x[:2], x[2] + 2))
+    fact = r"blocks of transformers .* have \(1024, 2048\) bytes, expected \(1032, 2064\)"
+    with pytest.raises(UnsupportedError, match=fact):
+        batched(replaced(), prompts(3))
+
+
+def test_keywords_that_may_change_the_mathematics_are_refused() -> None:
+    pool = object.__new__(paged.PagedLatents)
+    with pytest.raises(UnsupportedError, match="s_aux has a value of type Tensor"), torch.no_grad():
+        replaced()(tokens(1, 3), use_cache=False, cache=pool, s_aux=torch.zeros(4))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("codec", [None, *CODECS.values()])
 @pytest.mark.parametrize("use_async_batching", [False, True])

@@ -36,6 +36,18 @@ HARMLESS = {
     "use_cache",
 }
 # Boundaries of packed sequences: fine where the mask carries them as well.
+# What a manager of continuous batching passes along; `paged` has its own tables.
+BATCHING = {
+    "cache",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "logits_indices",
+    "logits_processor_args",
+    "max_length_k",
+    "max_length_q",
+    "read_index",
+    "write_index",
+}
 PACKING = {"cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "seq_idx"}
 
 
@@ -73,6 +85,8 @@ def attention_forward(
         )
     cache, scale = kwargs.get("cache"), query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(cache, PagedLatents):
+        others = {name: x for name, x in kwargs.items() if name not in BATCHING}
+        _check_keywords(others, None, key.shape[2])
         out = attend_batch(
             query,
             key,

@@ -158,13 +158,13 @@ class PagedLatents(PagedAttentionCache):
         """
         (allocator,) = self.cache_allocators.values()
         page_bytes = allocator.tokens_per_page * row_bytes
-        num_layers = len(allocator.layer_indices)
+        expected = (page_bytes, len(allocator.layer_indices) * page_bytes)
         held = (allocator.bytes_per_page, allocator.bytes_per_block)
-        if held != (page_bytes, num_layers * page_bytes):
+        if held != expected:
             raise UnsupportedError(
                 f"generate_batch: pages and blocks of transformers {transformers.__version__} have "
-                f"{held} bytes, expected {(page_bytes, num_layers * page_bytes)}, one row of "
-                f"{row_bytes} bytes for each token and layer; generate() works with this one"
+                f"{held} bytes, expected {expected}: one row of {row_bytes} bytes for each token "
+                "and layer; generate() works with this one"
             )
         self.codec, self._prepared = codec, None
         self.batch = Batch(allocator.tokens_per_page, self.cache_tensor.device)
