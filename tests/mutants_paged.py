@@ -100,6 +100,13 @@ _BREAKS = [
         (f"{CASES}::test_batches_follow_what_happens_to_their_sequences_elsewhere",),
     ),
     (
+        "paged-grows-rows-beyond-a-fixed-table",
+        PAGED,
+        'other._check_follows("PagedBatch.reserve", lengths)',
+        "pass",
+        (f"{CASES}::test_no_other_batch_grows_a_row_beyond_the_table_of_a_fixed_one",),
+    ),
+    (
         "paged-gives-tokens-to-idle-rows",
         BATCH,
         "return [0 if record is None else count for record, count in rows]",

@@ -57,7 +57,8 @@ def test_a_prompt_finds_the_pages_of_the_same_tokens_and_leaves_one_to_compute()
         assert pool.length(pool.allocate(list(range(length)))) == found
     assert pool.length(pool.allocate([0, 1, 2, 3, 4, 5, 6, 0, 8])) == 4
     assert pool.length(pool.allocate([9, 1, 2, 3, 4])) == 0
-    assert pool.length(pool.allocate(torch.arange(9))) == 8
+    for same in (torch.arange(9), torch.arange(9).numpy(), range(9), list(torch.arange(9))):
+        assert pool.length(pool.allocate(same)) == 8
     assert pool.length(pool.allocate(list(range(9)), salt="another adapter")) == 0
     assert pool.length(pool.allocate()) == 0
     assert pool.num_free_pages == 10 - 3
@@ -440,6 +441,10 @@ ROWS = torch.zeros(1, 2, C + R)
             "expected [length] integers",
         ),
         (
+            lambda p, a: p.allocate([[1], [2]]),
+            "PagedLatentCache.allocate: token_ids has value [[1], [2]], expected 64-bit integers",
+        ),
+        (
             lambda p, a: p.allocate([2**63]),
             "PagedLatentCache.allocate: token_ids has value [9223372036854775808], expected "
             "64-bit integers",
@@ -480,6 +485,25 @@ def test_full():
     with pytest.raises(CacheFull, match="max_length has value 5, expected at least 6"):
         pool.batch([a], max_length=5)
     pool.check()
+
+
+def test_no_other_batch_grows_a_row_beyond_the_table_of_a_fixed_one():
+    pool = small()
+    a, b = filled(pool, [1, 2, 3]), filled(pool, list(range(7)))
+    fixed = pool.batch([a, None], max_length=4)
+    address = fixed.page_table.data_ptr()
+    both = pool.batch([a, b])
+    message = "max_length has value 4, expected at least 5; nothing has changed"
+    with pytest.raises(CacheFull, match=f"PagedBatch.reserve: {message}"):
+        both.reserve([2, 1])
+    with pytest.raises(CacheFull, match=f"PagedBatch.reorder: {message.replace('5', '7')}"):
+        both.reorder([1, 1])
+    assert both.lengths.tolist() == [3, 7] and fixed.lengths.tolist() == [3, 0]
+    both.reserve([1, 2])
+    both.truncate([4, 1])
+    both.reorder([1, 0])
+    pool.check()
+    assert fixed.lengths.tolist() == [1, 0] and fixed.page_table.data_ptr() == address
 
 
 def test_left_padding_is_refused():

@@ -155,7 +155,8 @@ class PoolMachine(RuleBasedStateMachine):
                 users[pool._records[sequence].pages[-1]] -= 1
                 needed += 1
         available, free = pool.num_free_pages, len(pool._pages._free)
-        is_too_long = batch is self.held and self.longest is not None and max(wanted) > self.longest
+        held = [n for s, n in zip(batch.sequences, wanted, strict=True) if s in self.held.sequences]
+        is_too_long = self.longest is not None and max(held, default=0) > self.longest
         if needed > available or is_too_long:
             before = self.everything(batch)
             with pytest.raises(CacheFull, match="nothing has changed") as error:

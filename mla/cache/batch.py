@@ -5,7 +5,7 @@ Dims: B rows of the batch, M page-table width, Z positions in one page.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -110,8 +110,8 @@ class PagedBatch(LatentCache):
                 sequences; None, for all or for one row: unknown, or given to `allocate` before.
 
         Raises:
-            CacheFull: there are too few pages, or a row would pass ``max_length``; nothing has
-                changed.
+            CacheFull: there are too few pages, or a row would pass ``max_length``, of this batch or
+                of another that shows its sequence; nothing has changed.
             ShapeError: the number of rows or a value does not fit; nothing has changed.
             UnsupportedError: left padding.
         """
@@ -167,6 +167,7 @@ class PagedBatch(LatentCache):
 
         Raises:
             ShapeError: not B indices of rows, or an idle row on one side only; nothing has changed.
+            CacheFull: a row passes the ``max_length`` of another batch; nothing has changed.
         """
         indices = list(indices)
         B, records = self.batch_size, self._records
@@ -221,8 +222,14 @@ class PagedBatch(LatentCache):
                 f"expected at least {max(lengths)}; nothing has changed"
             )
 
+    def _check_follows(self, name: str, lengths: Mapping[CachedSequence, int]) -> None:
+        """Raise CacheFull unless these sequences, where shown here, may get these lengths."""
+        if self._longest is not None:
+            self._check_fits(
+                name, [lengths[r] for r in self._records if r is not None and r in lengths]
+            )
+
     def _make_room(self, lengths: list[int]) -> None:
-        self._check_fits("PagedBatch.reserve", lengths)
         growing = {
             record: length
             for record, length in zip(self._records, lengths, strict=True)

@@ -283,6 +283,8 @@ class PagedLatentCache:
         Copies the pages that are shared and about to be written. Shows the change to all batches
         but ``batch``; returns the first changed column of each sequence whose pages changed.
         """
+        for other in self._batches:
+            other._check_follows("PagedBatch.reserve", lengths)
         self._settle()
         needed = self._pages_needed(lengths)
         if needed > self.num_free_pages:
@@ -351,6 +353,9 @@ class PagedLatentCache:
 
     def _assign(self, sources: Sequence[tuple[CachedSequence, CachedSequence]]) -> None:
         """Give each first sequence the contents that the second one has now."""
+        lengths = {record: source.length for record, source in sources}
+        for batch in self._batches:
+            batch._check_follows("PagedBatch.reorder", lengths)
         self._settle()
         copies = [(record, source.copy()) for record, source in sources]
         self._forget_steps({record for record, _ in copies})

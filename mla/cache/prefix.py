@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from operator import index
 from typing import NamedTuple
 
 from torch import Tensor
@@ -39,7 +40,7 @@ def prefix_digests(root: bytes, token_ids: Sequence[int], page_size: int) -> Ite
 
 
 def checked_ids(name: str, token_ids: Sequence[int] | Tensor) -> list[int]:
-    """``token_ids`` as a list of numbers below 2**63.
+    """``token_ids`` as a list of numbers that fit 64 bits.
 
     Raises:
         ShapeError: not one row of integers.
@@ -50,11 +51,14 @@ def checked_ids(name: str, token_ids: Sequence[int] | Tensor) -> list[int]:
                 f"{name}: token_ids has shape {tuple(token_ids.shape)} and dtype "
                 f"{token_ids.dtype}, expected [length] integers"
             )
-        ids: list[int] = token_ids.tolist()
-        return ids
-    ids = list(token_ids)
-    if not all(isinstance(token, int) and -(2**63) <= token < 2**63 for token in ids):
-        raise ShapeError(f"{name}: token_ids has value {ids}, expected 64-bit integers")
+        return [int(token) for token in token_ids.tolist()]
+    try:
+        ids = [index(token) for token in token_ids]
+        struct.pack(f"<{len(ids)}q", *ids)
+    except (TypeError, struct.error):
+        raise ShapeError(
+            f"{name}: token_ids has value {token_ids}, expected 64-bit integers"
+        ) from None
     return ids
 
 
