@@ -107,6 +107,13 @@ _BREAKS = [
         (f"{CASES}::test_no_other_batch_grows_a_row_beyond_the_table_of_a_fixed_one",),
     ),
     (
+        "paged-counts-a-step-again-for-another-batch",
+        BATCH,
+        "if record is not None and record.written < record.length:",
+        "if False:",
+        (f"{CASES}::test_layers_do_not_reserve_on_top_of_a_step_that_others_have_not_written",),
+    ),
+    (
         "paged-gives-tokens-to-idle-rows",
         BATCH,
         "return [0 if record is None else count for record, count in rows]",

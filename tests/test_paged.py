@@ -251,6 +251,28 @@ def test_idle_rows_get_nothing():
     assert batch.lengths.tolist() == [0, 0]
 
 
+def test_layers_do_not_reserve_on_top_of_a_step_that_others_have_not_written():
+    """A batch for each layer, or a second try after an exception, would count tokens twice."""
+    pool = small(num_layers=2)
+    a = pool.allocate()
+    rows = torch.zeros(1, 2, C), torch.zeros(1, 2, R)
+    batch = pool.batch([a])
+    batch.ensure_reserved(0, 2, starts=None)
+    batch.append(0, *rows)
+    message = "row 0 has 0 of 2 positions written by every layer, expected all before a new step"
+    for again, layer in ((pool.batch([a]), 1), (batch, 0)):
+        with pytest.raises(ShapeError, match=message):
+            again.ensure_reserved(layer, 2, starts=None)
+    assert pool.length(a) == 2
+    batch.ensure_reserved(1, 2, starts=None)
+    batch.append(1, *rows)
+    pool.batch([a]).ensure_reserved(0, 2, starts=None)
+    assert pool.length(a) == 4
+    pool.truncate(a, 2)
+    pool.batch([a]).ensure_reserved(0, 2, starts=None)
+    assert pool.length(a) == 4
+
+
 def test_a_captured_step_of_a_fixed_batch_stays_right():
     """The tensors of one view, taken once, serve every later step, as a captured graph does."""
     pool = small(num_pages=20)

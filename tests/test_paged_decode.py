@@ -15,7 +15,7 @@ from test_cache import config
 from torch import Tensor
 
 from mla import DenseLatentCache, PagedLatentCache
-from mla.cache import LatentCache
+from mla.cache import LatentCache, PagedBatch
 from mla.codec import Codec, Fp8Codec, Int4Codec, Int8Codec, PlainCodec
 from mla.ops import mla_decode, supported_impls
 from mla.ops.decode import AttentionOutput
@@ -165,8 +165,10 @@ def test_pool_beyond_2_31_elements(impl, codec):
         assert torch.equal(far, near) and torch.isfinite(far).all()
 
 
-def steps(cache: LatentCache, layers: Any, seed: int, longest_chunk: int) -> list[Tensor]:
-    """Ragged cold prefill, a chunk for all, decoding, a mixed step, a long chunk; the outputs."""
+def steps(
+    cache: DenseLatentCache | PagedBatch, layers: Any, seed: int, longest_chunk: int
+) -> list[Tensor]:
+    """Ragged prefill, chunks, decoding and mixed steps, rows reordered, rolled back: outputs."""
     outputs = []
     for i, counts in enumerate(([5, 9, 2], 4, 1, 1, [1, 6, 2], [0, 1, 0], 3, longest_chunk, 1)):
         longest = counts if isinstance(counts, int) else max(counts)
@@ -174,6 +176,10 @@ def steps(cache: LatentCache, layers: Any, seed: int, longest_chunk: int) -> lis
         cache.reserve(counts)
         for layer in layers:
             x = x + layer(x, cache=cache)
+        if i == 2:
+            cache.reorder([2, 0, 2])
+        if i == 4:
+            cache.truncate([n - 3 for n in cache.lengths.tolist()])
         rows = [longest] * 3 if isinstance(counts, int) else counts
         outputs += [x[b, :n] for b, n in enumerate(rows)]
     return outputs

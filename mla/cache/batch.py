@@ -133,11 +133,32 @@ class PagedBatch(LatentCache):
                     record.learn(begin, ids)
         self.pool._begin_step(Step(self._pending, spans))
 
+    def ensure_reserved(
+        self, layer_idx: int, new_lengths: int | Sequence[int], *, starts: Sequence[int] | None
+    ) -> None:
+        """Reserve for a caller who did not, when ``layer_idx`` begins a new step.
+
+        Raises:
+            ShapeError: a layer has not written the step before: it raised, another batch has the
+                step, or a graph was replayed without `commit`. `reserve` itself does not ask.
+            UnsupportedError: inside a compiled region, where lengths are not to be touched.
+        """
+        if not self._pending[layer_idx] and not torch.compiler.is_compiling():
+            self.pool._settle()
+            for row, record in enumerate(self._records):
+                if record is not None and record.written < record.length:
+                    raise ShapeError(
+                        f"PagedBatch: row {row} has {record.written} of {record.length} positions "
+                        "written by every layer, expected all before a new step; give all layers "
+                        "the same batch, or truncate the sequence to where it was"
+                    )
+        super().ensure_reserved(layer_idx, new_lengths, starts=starts)
+
     def commit(self) -> None:
         """Say that all layers have written this step, where a replayed graph wrote for them.
 
-        Needed only so that pages filled by replayed steps can be found by their tokens; layers
-        that are called do it themselves.
+        Until then the pages that replayed steps filled cannot be found by their tokens, and layers
+        do not reserve for themselves. Layers that are called say it themselves.
         """
         self._pending[:] = [False] * self.num_layers
 
