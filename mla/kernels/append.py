@@ -52,7 +52,7 @@ def float_to_e4m3(x):
     return (sign | code).to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "shard_index", "L"])
 def append_kernel(
     latent_ptr,  # [B, L, *] strides below; last dim contiguous
     k_rope_ptr,  # [B, L, *]

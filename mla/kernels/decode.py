@@ -38,7 +38,7 @@ def _add_scores(scores, q, keys, log2_scale, IN_BRANCH: tl.constexpr):
         return tl.dot(q, keys.T, scores, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "M", "shard_index"])
 def decode_kernel(
     q_latent_ptr,  # [B, L, H, C] contiguous
     q_rope_ptr,  # [B, L, H, R] contiguous

@@ -17,7 +17,7 @@ from mla.kernels import launch
 from mla.kernels.launch_prefill import expand_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def expand_kernel(
     latent_ptr,  # [T, C], last dim contiguous
     weight_ptr,  # [O, C], last dim contiguous

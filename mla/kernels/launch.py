@@ -1,7 +1,9 @@
 """How kernels are launched: (architecture, sizes) -> tiles, warps, stages, as tables with reasons.
 
-Nothing is tuned at run time, because results must not depend on timing. Every promised row is
-compiled for its target and checked for shared memory and spills; see `mla.kernels.variants`.
+Nothing is tuned at run time, because results must not depend on timing, and nothing is compiled
+again when a length, a batch or a page table changes: kernels do not specialise on them. Every
+promised row is compiled for its target and checked for shared memory and spills; see
+`mla.kernels.variants`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from mla.view import CacheView
 BLOCK_LSE, BLOCK_X = 128, 32  # parts read at once: loads of one step overlap, steps wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "num_rows", "shard_index"])
 def merge_kernel(
     part_ptr,  # [B, X, Y, C] float32, contiguous; unwritten beyond a row's own splits
     lse_part_ptr,  # [B, X, Y] float32; -inf marks a split that saw no key

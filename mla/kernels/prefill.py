@@ -25,6 +25,7 @@ from mla.kernels.prefill_operands import flatten
 from mla.kernels.prefill_tiles import (
     LN_2,
     LOG2_E,
+    VARYING,
     add_product,
     dot_rows,
     load_parts,
@@ -89,7 +90,7 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def prefill_kernel(
     q_ptr,  # [T, H, N+R]
     kv_ptr,  # [T', h, N+V]

@@ -34,7 +34,7 @@ from mla.kernels.prefill_types import Gradients, Masking
 BLOCK_T = 32  # tokens of one program of `prefill_delta_kernel`, which is bound by memory
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def prefill_delta_kernel(
     out_ptr,  # [T, H, V] contiguous
     d_out_ptr,  # [T, H, V] contiguous

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from mla.kernels.prefill_tiles import (
     LOG2_E,
+    VARYING,
     add_product,
     dot_rows,
     load_parts,
@@ -79,7 +80,7 @@ def _walk_queries(
     return d_keys, d_values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "T"])
 def prefill_backward_keys_kernel(
     q_ptr,  # [T, H, N+R]
     kv_ptr,  # [T', h, N+V]

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from mla.kernels.prefill_tiles import (
     LOG2_E,
+    VARYING,
     add_product,
     dot_rows,
     load_parts,
@@ -70,7 +71,7 @@ def _walk_keys(
     return d_q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "T"])
 def prefill_backward_queries_kernel(
     q_ptr,  # [T, H, N+R]
     kv_ptr,  # [T', h, N+V]

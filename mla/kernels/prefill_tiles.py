@@ -12,6 +12,9 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Sizes that change from call to call: a kernel for 1, one for multiples of 16 and one for the rest
+# of each would compile for seconds in the middle of a run, and none of them would be faster.
+VARYING = ["L", "S", "H", "first_head", "num_heads", "num_tiles"]
 
 
 @triton.constexpr_function

@@ -64,6 +64,21 @@ def test_names_are_unique_and_every_family_is_on_every_target() -> None:
     assert set(TARGETS) == set(ARCHITECTURES)
 
 
+def test_no_kernel_is_compiled_again_when_a_size_of_the_run_changes() -> None:
+    """Only strides and what a model fixes are specialised, as 1 or as a multiple of 16."""
+    kernels = {variant.kernel for variant in VARIANTS}
+    found = {
+        param.name
+        for kernel in kernels
+        for param in kernel.params
+        if not (param.is_constexpr or param.do_not_specialize)
+        and not param.name.endswith("_ptr")
+        and "stride" not in param.name
+    }
+    # One query is a case of its own; the rows of a weight are a model's; floats are never.
+    assert found == {"L", "O", "scale", "eps", "latent_scale", "rotation_scale"}
+
+
 def test_spills_have_a_reason() -> None:
     assert all(variant.reason for variant in VARIANTS if variant.spill_bytes)
 
