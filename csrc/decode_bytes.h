@@ -10,8 +10,8 @@
 // does. Queries with outliers take 16 bits, as two terms: those products cost what bfloat16 costs.
 //
 // Against plain bfloat16 rows, one thread of a Zen 5 core, S=4096, in turns: int8 in groups of 128
-// 1.4x as fast at 16 heads and 1.3x at 128, with one scale a row 1.5x and 1.45x, int4 in groups of
-// 64 (without its rotation) 1.2x; rows converted to bfloat16 instead 0.9x to 1.0x.
+// 1.2x as fast at 16 heads and 1.27x at 128, with one scale a row 1.3x and 1.4x, int4 in groups of
+// 64 (without its rotation) 1.05x and 1.14x; rows converted to bfloat16 instead 0.8x and 0.94x.
 #pragma once
 
 #include "byte_products.h"
@@ -169,7 +169,7 @@ struct DecodeBytes : Decode<Avx512Bf16, Bf16Dot> {
       for (int64_t c = 0; c < p.C; c += kChunk) {
         I x[4];
         for (int i = 0; i < 4; ++i) {
-          if (ahead + i < num_keys) __builtin_prefetch(block[ahead + i] + (kIsInt4 ? c / 2 : c));
+          if (ahead + i < num_keys) fetch_line(block[ahead + i] + (kIsInt4 ? c / 2 : c));
           x[i] = i < n ? load_codes(block[k + i], c, kIsInt4) : _mm512_setzero_si512();
           _mm512_storeu_si512(byte_keys + (k + i) * key_bytes + c, _mm512_xor_si512(x[i], offset));
           x[i] = _mm512_permutexvar_epi32(order, x[i]);
@@ -215,10 +215,13 @@ struct DecodeBytes : Decode<Avx512Bf16, Bf16Dot> {
   }
 
   template <int F>
-  void score_tile_bytes(int64_t k0, int64_t panel, float* to, int64_t ld, const Prefetch& next) {
+  void score_tile_bytes(int64_t k0, int64_t panel, float* to, int64_t ld) {
     constexpr int K = kByteKeys;
     const char* key = byte_keys + k0 * key_bytes;
     const float* rope = panels + panel * rope_units * 2 * N;
+    if (panel == 0) {  // the keys of the next tile
+      for (int64_t at = 0; at < K * key_bytes; at += 64) fetch_line(key + K * key_bytes + at);
+    }
     V first[K], second[K];
 #pragma GCC unroll 16
     for (int k = 0; k < K; ++k) first[k] = second[k] = Isa::zero();
@@ -232,9 +235,7 @@ struct DecodeBytes : Decode<Avx512Bf16, Bf16Dot> {
       }
     }
     const bool fine = is_fine[panel];
-    const int64_t lines = round_up((next.row_bytes + G - 1) / G, 64);
     for (int64_t g = 0; g < G; ++g) {
-      for (int64_t line = g * lines; line < (g + 1) * lines; line += 64) next.line(line);
       const int64_t c = g * group, count = group_end(g) - c, at = c / (4 * F) * 2 * N;
       const int32_t* bias = biases + (panel * G + g) * 2 * N;
       I low[K], high[K];
@@ -271,19 +272,18 @@ struct DecodeBytes : Decode<Avx512Bf16, Bf16Dot> {
   void score_block(
       const char* const*, int64_t num_keys, const char* const* next, int64_t num_next, int64_t rows,
       int64_t ld) {
-    const int64_t num_panels = (rows + N - 1) / N, share = (kByteKeys + num_panels - 1) / num_panels;
+    const int64_t num_panels = (rows + N - 1) / N;
     for (int64_t k = 0; k < num_keys; k += kByteKeys) {
+      for (int64_t i = k; i < k + kByteKeys && i < num_next; ++i) {  // of the next block
+        for (int64_t at = 0; at < p.cache.row_bytes; at += 64) fetch_line(next[i] + at);
+      }
       for (int64_t panel = 0; panel < num_panels; ++panel) {
-        const int64_t first = k + panel * share;
-        int64_t count = (k + kByteKeys < num_next ? k + kByteKeys : num_next) - first;
-        count = count < 0 || panel * share >= kByteKeys ? 0 : count < share ? count : share;
-        const Prefetch fetch{next + first, count, p.cache.row_bytes};
         float* to = scores + k * ld + panel * N;
         switch (factor_of<N>(rows - panel * N)) {
-          case 2: score_tile_bytes<2>(k, panel, to, ld, fetch); break;
-          case 4: score_tile_bytes<4>(k, panel, to, ld, fetch); break;
-          case 8: score_tile_bytes<8>(k, panel, to, ld, fetch); break;
-          default: score_tile_bytes<16>(k, panel, to, ld, fetch);
+          case 2: score_tile_bytes<2>(k, panel, to, ld); break;
+          case 4: score_tile_bytes<4>(k, panel, to, ld); break;
+          case 8: score_tile_bytes<8>(k, panel, to, ld); break;
+          default: score_tile_bytes<16>(k, panel, to, ld);
         }
       }
     }

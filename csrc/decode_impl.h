@@ -133,14 +133,11 @@ struct Decode {
       const char* const* block, int64_t num_keys, const char* const* next, int64_t num_next,
       int64_t rows, int64_t ld) const {
     const int64_t num_panels = (rows + N - 1) / N;
-    const int64_t share = (K + num_panels - 1) / num_panels;
     for (int64_t k = 0; k < num_keys; k += K) {
+      const bool is_last = k + K >= num_keys;
+      const Prefetch soon{is_last ? next : block + k + K, !is_last || num_next > K ? K : num_next};
       for (int64_t panel = 0; panel < num_panels; ++panel) {
-        // Rows to prefetch: those at the same places of the next block, a few with each panel.
-        const int64_t first = k + panel * share;
-        int64_t count = (k + K < num_next ? k + K : num_next) - first;
-        count = count < 0 || panel * share >= K ? 0 : count < share ? count : share;
-        const Prefetch fetch{next + first, count, p.cache.row_bytes};
+        const Prefetch fetch{soon.rows, panel == 0 ? soon.count : 0};
         const float* packed = panels + panel * units * 2 * N;
         float* at = scores + panel * N;
         switch (factor_of<N>(rows - panel * N)) {

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mla.checks import ShapeError, UnsupportedError
-from mla.codec import PlainCodec
+from mla.codec import PlainCodec, rotate_latent
 from mla.config import Pairing
 from mla.view import CacheView
 
@@ -85,11 +85,22 @@ def run_peak(iterations: int, *, bf16: bool) -> int:
     return int(_op("peak")(iterations, bf16, _set_index(None)))
 
 
+@cache
+def _hadamard(size: int) -> Tensor:
+    return rotate_latent(torch.eye(size))
+
+
+def _rotate_rows(latent: Tensor) -> Tensor:
+    """`rotate_latent` in float32 to the last bit, which codes of rows depend on."""
+    size = math.gcd(latent.shape[-1], 128)
+    return (latent.float().unflatten(-1, (-1, size)) @ _hadamard(size)).flatten(-2)
+
+
 def _rotate(latent: Tensor, dtype: torch.dtype) -> Tensor:
-    """`rotate_latent` in float32, rounded to ``dtype``."""
+    """`rotate_latent` with sums in another order, rounded to ``dtype``."""
     C = latent.shape[-1]
     out = torch.empty(latent.shape, dtype=dtype)
-    _op("rotate")(latent.reshape(-1, C).contiguous(), out.view(-1, C), math.gcd(C, 128))
+    _op("rotate")(latent.reshape(-1, C), out.view(-1, C), math.gcd(C, 128))
     return out
 
 
@@ -156,7 +167,7 @@ def decode(
 def append(view: CacheView, latent: Tensor, k_rope: Tensor, new_lengths: Tensor | None) -> None:
     """Code and store ``latent [B, L, C]`` and ``k_rope [B, L, R]``."""
     if view.codec.rotation:
-        latent = _rotate(latent, torch.float32)
+        latent = _rotate_rows(latent)
     try:
         _op("append")(
             view.rows,
