@@ -45,14 +45,11 @@ _CODECS: tuple[Codec, ...] = (PlainCodec(), Fp8Codec(), Int8Codec(), Int4Codec()
 
 # Bytes that are spilled, at most over Triton 3.6.0, 3.7.1 and 3.9.0, and why.
 _FULL = "64 rows of 512 columns fill the registers; 32 rows would read the cache twice as often"
-_AMD_INT4 = "with Triton 3.6.0 alone, which keeps more scales; 0 with later ones"
 SPILLS: dict[tuple[str, str], tuple[int, str]] = {
     ("sm80", "decode plain float32 H=16 C=512 R=64 16x32"): (8, "with Triton 3.6.0 alone"),
     ("sm80", "decode plain bfloat16 H=16 C=512 R=64 L=4 64x32"): (20, _FULL),
     ("sm100", "decode plain bfloat16 H=16 C=512 R=64 L=4 64x32"): (24, _FULL),
     ("sm100", "decode plain bfloat16 H=40 C=256 R=32 64x32"): (4, "with Triton 3.9.0 alone"),
-    ("gfx942", "decode int4 bfloat16 H=128 C=512 R=64 32x32"): (60, _AMD_INT4),
-    ("gfx950", "decode int4 bfloat16 H=128 C=512 R=64 32x32"): (52, _AMD_INT4),
 }
 
 
