@@ -127,16 +127,21 @@ def test_convert_prints_a_table_and_a_last_line(llama, text, tmp_path, capsys):
     assert last.startswith("convert: done, 2 layers keep 96 of 128 cached numbers a token (75.0%)")
 
 
-def test_generate_streams_what_the_loaded_model_generates(converted, capsys):
+@pytest.mark.parametrize("codec", [None, "int4"])
+def test_generate_streams_what_the_loaded_model_generates(converted, capsys, codec):
     from transformers import AutoTokenizer
 
     from mla.integrations.converted import load_converted
+    from mla.integrations.transformers import replace_attention
 
     tokenizer = AutoTokenizer.from_pretrained(converted)
     inputs = tokenizer(PROMPT, return_tensors="pt")
-    ids = load_converted(converted).model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    model = load_converted(converted).model
+    replace_attention(model, codec=codec and mla.Int4Codec())
+    ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
     expected = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert generated(capsys, converted).split() == expected.split()
+    more = () if codec is None else ("--codec", codec)
+    assert generated(capsys, converted, *more).split() == expected.split()
 
 
 def test_draws_depend_on_the_seed_alone(converted, capsys):

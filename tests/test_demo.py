@@ -88,6 +88,7 @@ def test_coded_rows_are_shown_beside_the_plain_ones(tiny_demo, tmp_path, capsys)
     assert coded["codec"] == Int4Codec().spec
     assert coded["original"] == report["perplexity"]["original"]
     assert coded["converted"] != report["perplexity"]["converted"]
+    assert set(report["continuation"]) == {"original", "converted", "int4"}
     text = capsys.readouterr().out
     assert "perplexity, int4/64/16/1 rows" in text
     assert "with int4/64/16/1 rows" in text.strip().splitlines()[-1]

@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Convert, save, load again, and hold the loaded model against the original."""
     from mla.integrations.converted import load_converted, save_converted
-    from mla.integrations.transformers import LatentCache
+    from mla.integrations.transformers import LatentCache, replace_attention
 
     tokenizer = load_tokenizer(options.model)
     contexts = sorted(set(options.contexts))
@@ -113,6 +113,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             )
         with _timed(phases, "continue the prompt"):
             texts = {name: _continuation(m, tokenizer, options) for name, m in models.items()}
+            if options.codec is not None:
+                replace_attention(converted, codec=options.codec)
+                texts[options.codec.kind] = _continuation(converted, tokenizer, options)
     configs = [layer.self_attn.mla.config for layer in converted.base_model.layers]
     if coded is not None:
         coded["bytes_per_token"] = sum(bytes_per_token(c, options.codec) for c in configs)

@@ -16,7 +16,8 @@ import torch
 from mla.checks import UnsupportedError
 from mla.cli.console import DTYPES, CommandError, device_of, quiet
 from mla.cli.models import go_offline, is_converted, load_model, load_tokenizer, read_config
-from mla.cli.options import positive, temperature
+from mla.cli.options import codec, positive, temperature
+from mla.codec import Codec
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="0 takes the likeliest token, more draws at random (default: 0)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument(
+        "--codec", type=codec, metavar="NAME", help="cache rows as fp8, int8 or int4"
+    )
     parser.add_argument("--device", default="cpu", help="default: cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
 
@@ -43,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     go_offline()
     device = device_of(options.device)
     dtype = None if options.dtype is None else DTYPES[options.dtype]
-    model = load_any(options.model, device=device, dtype=dtype)
+    model = load_any(options.model, device=device, dtype=dtype, codec=options.codec)
     tokenizer = load_tokenizer(options.model)
     inputs = encode(tokenizer, options.prompt, is_chat=options.chat).to(device)
     torch.manual_seed(options.seed)
@@ -56,8 +60,14 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def load_any(folder: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """A model that decodes from its latents: converted, or MLA and replaced.
+def load_any(
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    codec: Codec | None = None,
+) -> Any:
+    """A model that decodes from its latents, cached by ``codec``: converted, or MLA and replaced.
 
     Raises:
         CommandError: the folder holds neither.
@@ -66,12 +76,13 @@ def load_any(folder: Path, *, device: torch.device, dtype: torch.dtype | None = 
         from mla.integrations.converted import load_converted
 
         with quiet():
-            return load_converted(folder, dtype=dtype, device=device).model
+            model = load_converted(folder, dtype=dtype, device=device).model
+    else:
+        model = load_model(folder, device=device, dtype=dtype)
     from mla.integrations.transformers import replace_attention
 
-    model = load_model(folder, device=device, dtype=dtype)
     try:
-        report = replace_attention(model)
+        report = replace_attention(model, codec=codec)
     except UnsupportedError as error:
         raise CommandError(
             f"{error}; python -m mla convert makes one of a Llama-type model"
