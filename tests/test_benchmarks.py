@@ -9,6 +9,7 @@ from torch import nn
 
 from benchmarks import (
     bench_cache,
+    bench_capacity,
     bench_import,
     bench_layer,
     bench_training_memory,
@@ -251,3 +252,9 @@ def test_environment_survives_a_missing_git(monkeypatch):
     )
     assert report.commit() == "unknown"
     assert report._version("no-such-package") == "none"
+
+
+def test_bytes_of_a_token_are_those_of_its_rows_in_all_layers():
+    """DeepSeek-V3: 576 numbers, 656 bytes and 400 bytes in each of 61 layers."""
+    found = [bench_capacity.bytes_of("deepseek-v3", rows) for rows in bench_capacity.CODECS]
+    assert found == [61 * 1152, 61 * 656, 61 * 656, 61 * 400]
