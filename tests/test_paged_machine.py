@@ -55,14 +55,21 @@ def values(digests: Sequence[bytes], layer: int) -> Tensor:
 
 class PoolMachine(RuleBasedStateMachine):
     @initialize(
-        num_pages=st.integers(3, 16),
+        num_pages=st.sampled_from([20, 12, 8, 30, 4]),
         page_size=st.integers(1, 4),
         codec=st.sampled_from(CODECS),
         scrubs=st.booleans(),
-        longest=st.none() | st.integers(1, 24),
+        longest=st.none() | st.integers(6, 24),
+        lengths=st.lists(st.integers(3, 12), min_size=2, max_size=4),
     )
     def start(
-        self, num_pages: int, page_size: int, codec: Codec, scrubs: bool, longest: int | None
+        self,
+        num_pages: int,
+        page_size: int,
+        codec: Codec,
+        scrubs: bool,
+        longest: int | None,
+        lengths: list[int],
     ) -> None:
         self.pool = PagedLatentCache(
             [config(*sizes) for sizes in SIZES],
@@ -78,10 +85,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.model: dict[int, History] = {}
         self.published: set[bytes | None] = set()
         self.has_lost = False  # a published page may have been evicted or overwritten
-        self.serial = 0
+        self.serial = self.serial_at_reset = 0
+        self.prompts: list[list[int]] = []
         self.longest = longest
         self.held = self.pool.batch([None, None], max_length=longest)
         self.addresses = (self.held.page_table.data_ptr(), self.held.lengths.data_ptr())
+        for length in lengths:
+            self.prompts.append([0, 1, 1, 0, 1, 0, 0, 1, 0, 0, 1, 1][:length])
+            self.compute(self.allocated(self.prompts[-1], ""))
+        shown = [s for s in self.model if longest is None or self.pool.length(s) <= longest]
+        self.held.select((shown + [None, None])[:2])
 
     def pick(self, data: Any) -> int:
         return data.draw(st.sampled_from(sorted(self.model)))
@@ -90,8 +103,26 @@ class PoolMachine(RuleBasedStateMachine):
         return len(self.model) < MOST_SEQUENCES
 
     @precondition(is_free_for_one_more)
-    @rule(tokens=st.none() | st.lists(TOKENS, max_size=14), salt=st.sampled_from(["", "adapter"]))
-    def allocate(self, tokens: list[int] | None, salt: str) -> None:
+    @rule(data=st.data(), salt=st.sampled_from(["", "", "", "adapter"]))
+    def allocate(self, data: Any, salt: str) -> None:
+        """Mostly a prompt that begins like an earlier one, and mostly computed at once."""
+        tokens = data.draw(st.none() | st.lists(TOKENS, max_size=9))
+        if tokens is not None and self.prompts and data.draw(st.integers(0, 3)):
+            prompt = data.draw(st.sampled_from(self.prompts))
+            tokens = prompt[: data.draw(st.integers(0, len(prompt)))] + tokens
+        self.prompts.append(tokens or [])
+        sequence = self.allocated(tokens, salt)
+        if data.draw(st.integers(0, 3)):
+            self.compute(sequence)
+
+    def compute(self, sequence: int) -> None:
+        """Append the prompt of a new sequence if there is room."""
+        batch, count = self.pool.batch([sequence]), len(self.model[sequence].told)
+        if self.reserve(batch, [count], [None]):
+            self.write(batch, [count], [None], len(SIZES))
+
+    def allocated(self, tokens: list[int] | None, salt: str) -> int:
+        """A new sequence that begins with the pages that the model expects."""
         Z = self.pool.page_size
         sequence = self.pool.allocate(tokens, salt=salt)
         model = History(root=salt.encode())
@@ -109,6 +140,7 @@ class PoolMachine(RuleBasedStateMachine):
         del model.digests[found:]
         model.told = ids[found:]
         self.model[sequence] = model
+        return sequence
 
     @precondition(lambda self: 0 < len(self.model) < MOST_SEQUENCES)
     @rule(data=st.data())
@@ -120,20 +152,39 @@ class PoolMachine(RuleBasedStateMachine):
         self.model[copy] = replace(model, digests=list(model.digests), told=list(model.told))
 
     @precondition(lambda self: self.model)
-    @rule(data=st.data(), is_held=st.booleans())
-    def step(self, data: Any, is_held: bool) -> None:
-        batch = self.held
-        if not is_held:
-            rows = data.draw(st.lists(st.sampled_from(sorted(self.model)), unique=True, min_size=1))
-            batch = self.pool.batch([*rows, None] if data.draw(st.booleans()) else rows)
-        count = st.integers(0, 6)
+    @rule(data=st.data())
+    def step(self, data: Any) -> None:
+        rows = data.draw(st.lists(st.sampled_from(sorted(self.model)), unique=True, min_size=1))
+        self.step_of(self.pool.batch([*rows, None] if data.draw(st.booleans()) else rows), data)
+
+    @precondition(lambda self: len(self.model) > 1)
+    @rule()
+    def step_of_all(self) -> None:
+        """Decoding a token each; when the pool is full the first sequence has to go."""
+        batch = self.pool.batch(sorted(self.model))
+        counts = [1] * len(self.model)
+        tokens: list[Any] = [None] * len(self.model)
+        if self.reserve(batch, counts, tokens):
+            self.write(batch, counts, tokens, len(SIZES))
+        else:
+            first = min(self.model)
+            self.pool.free(first)
+            del self.model[first]
+
+    @precondition(lambda self: any(s is not None for s in self.held.sequences))
+    @rule(data=st.data())
+    def step_of_the_held_batch(self, data: Any) -> None:
+        self.step_of(self.held, data)
+
+    def step_of(self, batch: PagedBatch, data: Any) -> None:
+        count = st.sampled_from([1, 2, 3, 6, 0])
         counts = [data.draw(count) if s is not None else 0 for s in batch.sequences]
         tokens = []
         for sequence, n in zip(batch.sequences, counts, strict=True):
             is_told = sequence is not None and data.draw(st.booleans())
             tokens.append([data.draw(TOKENS) for _ in range(n)] if is_told else None)
         if self.reserve(batch, counts, tokens):
-            written = data.draw(st.sampled_from([2, 2, 2, 2, 1, 0]))
+            written = data.draw(st.sampled_from([2, 2, 2, 1, 0]))
             self.write(batch, counts, tokens, written)
             if written < len(SIZES):
                 self.recover(
@@ -239,22 +290,23 @@ class PoolMachine(RuleBasedStateMachine):
     def truncate(self, data: Any) -> None:
         sequence = self.pick(data)
         model = self.model[sequence]
-        length = data.draw(st.integers(0, len(model.digests)))
+        length = max(0, len(model.digests) - data.draw(st.integers(0, 9)))
         self.pool.truncate(sequence, length)
         del model.digests[length:]
         model.told = []
         self.has_lost = True  # it may be the one that others with its tokens find
 
-    @precondition(lambda self: self.model)
+    @precondition(lambda self: len(self.model) > 3)
     @rule(data=st.data())
     def free(self, data: Any) -> None:
         sequence = self.pick(data)
         self.pool.free(sequence)
         del self.model[sequence]
 
+    @precondition(lambda self: len(self.model) > 1)
     @rule(data=st.data())
     def select(self, data: Any) -> None:
-        a, b = (data.draw(st.none() | st.sampled_from([*sorted(self.model), None])) for _ in "ab")
+        a, b = (data.draw(st.sampled_from([*sorted(self.model), None])) for _ in "ab")
         b = None if b == a else b
         lengths = [len(self.model[s].digests) for s in (a, b) if s is not None]
         if self.longest is not None and max(lengths, default=0) > self.longest:
@@ -265,6 +317,7 @@ class PoolMachine(RuleBasedStateMachine):
         else:
             self.held.select([a, b])
 
+    @precondition(lambda self: any(s is not None for s in self.held.sequences))
     @rule(data=st.data())
     def reorder(self, data: Any) -> None:
         rows = self.held.sequences
@@ -281,12 +334,15 @@ class PoolMachine(RuleBasedStateMachine):
                 self.model[to] = replace(model, digests=list(model.digests), told=list(model.told))
         self.has_lost = True
 
+    @precondition(lambda self: len(self.model) > 3 and self.serial > self.serial_at_reset + 60)
     @rule()
     def reset(self) -> None:
+        self.serial_at_reset = self.serial  # rarely, so that there is something to lose
         self.pool.reset()
         self.model, self.published = {}, set()
         assert self.pool.num_free_pages == self.pool.num_pages and self.pool._pages.num_kept == 0
 
+    @precondition(lambda self: len(self.model) > 2)
     @rule(data=st.data())
     def refused(self, data: Any) -> None:
         foreign = PagedLatentCache(config(5, 2), num_pages=1).allocate()

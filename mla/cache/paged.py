@@ -50,8 +50,8 @@ class PagedLatentCache:
         page_size: Z.
         num_layers: when one config serves all layers.
         codec: how rows are stored; None: plain values.
-        scrub_on_free: zero the rows of a page, in all layers, as soon as no sequence can come to
-            them any more, so that a wrong page table cannot show them.
+        scrub_on_free: zero the rows of a page, in all layers, when no sequence can come to them any
+            more, so that a wrong page table cannot show them; pages kept for their tokens stay.
         device, dtype: of the rows (dtype for the plain codec only); None: PyTorch's defaults.
 
     Raises:
