@@ -8,6 +8,7 @@
 #   make test-oldest  the transformers drop-in on the oldest transformers that is supported
 #   make check      ruff, mypy, layering
 #   make bench      every benchmark, to out/bench
+#   make plots      the figures of benchmarks/figures from the rows in benchmarks/results
 #   make gpu        tests and benchmarks on a GPU: OUT=DIR COMMIT=SHA PART=all|tests|decode|prefill|
 #                   append|tune, in the Python that sees it (GPU_PYTHON=python3); results in OUT
 #   make mutants    break the code line by line and require the tests to notice
@@ -36,7 +37,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help env data demo test test-oldest check bench gpu mutants sanitize thorough clean
+.PHONY: help env data demo test test-oldest check bench plots gpu mutants sanitize thorough clean
 .NOTPARALLEL:
 
 help:
@@ -89,6 +90,9 @@ bench: data
 	    $(PY) -m benchmarks.$$(basename $$script .py) $(BENCH_ARGS); \
 	    count=$$((count + 1)); \
 	done; echo "bench: passed, $$count benchmarks, results in out/bench"
+
+plots: env
+	@$(PY) -m benchmarks.plot
 
 gpu:
 	@$(GPU_PYTHON) -c 'import torch, triton, pytest, hypothesis, einops' || \
