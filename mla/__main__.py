@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mla.cli import check, compile, convert, demo, generate, info
+from mla.cli import check, compile, convert, demo, evaluate, generate, info
 from mla.cli.console import one_line
 
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "check": (check, "hold every form of the layer on this machine against the oracle"),
     "compile": (compile, "compile the Triton kernels for every target, without a GPU"),
     "convert": (convert, "turn the attention of a Llama-type model into MLA"),
+    "evaluate": (evaluate, "perplexity of a model on a text, with its confidence interval"),
     "generate": (generate, "continue a prompt with a converted or an MLA model"),
     "demo": (demo, "convert a real model and show what that saves and costs"),
 }
