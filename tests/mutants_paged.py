@@ -5,6 +5,8 @@ from tools.mutants import Mutant
 PAGED, BATCH = "mla/cache/paged.py", "mla/cache/batch.py"
 PAGES, PREFIX = "mla/cache/pages.py", "mla/cache/prefix.py"
 CASES = "tests/test_paged.py"
+FOUND = "tests/test_paged_prefix.py"
+REFUSED = "tests/test_paged_refuse.py"
 MACHINE = "tests/test_paged_machine.py::TestPool"
 PLACES = "tests/test_paged_decode.py"
 
@@ -38,14 +40,14 @@ _BREAKS = [
         PAGED,
         "if needed > self.num_free_pages:",
         "if False:",
-        (f"{CASES}::test_full",),
+        (f"{REFUSED}::test_full",),
     ),
     (
         "paged-forgets-that-copies-need-pages",
         PAGED,
         "needed += min(num_writers, self._pages.references(page) - 1)",
         "pass",
-        (f"{CASES}::test_full", MACHINE),
+        (f"{REFUSED}::test_full", MACHINE),
     ),
     (
         "paged-copies-for-every-writer",
@@ -59,7 +61,7 @@ _BREAKS = [
         PAGED,
         "if len(records) != len(sequences):",
         "if False:",
-        (f"{CASES}::test_what_it_refuses",),
+        (f"{REFUSED}::test_what_it_refuses",),
     ),
     (
         "paged-frees-pages-that-others-use",
@@ -73,7 +75,7 @@ _BREAKS = [
         PAGES,
         "if self._references[page] < 1:",
         "if False:",
-        (f"{CASES}::test_the_books_notice_a_page_released_twice",),
+        (f"{REFUSED}::test_the_books_notice_a_page_released_twice",),
     ),
     (
         "paged-table-is-off-by-one",
@@ -104,14 +106,14 @@ _BREAKS = [
         PAGED,
         'other._check_follows("PagedBatch.reserve", lengths)',
         "pass",
-        (f"{CASES}::test_no_other_batch_grows_a_row_beyond_the_table_of_a_fixed_one",),
+        (f"{REFUSED}::test_no_other_batch_grows_a_row_beyond_the_table_of_a_fixed_one",),
     ),
     (
         "paged-counts-a-step-again-for-another-batch",
         BATCH,
         "if record is not None and record.written < record.length:",
         "if False:",
-        (f"{CASES}::test_layers_do_not_reserve_on_top_of_a_step_that_others_have_not_written",),
+        (f"{REFUSED}::test_layers_do_not_reserve_on_top_of_a_step_that_others_have_not_written",),
     ),
     (
         "paged-gives-tokens-to-idle-rows",
@@ -125,49 +127,49 @@ _BREAKS = [
         PREFIX,
         "digest = page_digest(digest, token_ids[first : first + page_size])",
         "digest = page_digest(root, token_ids[first : first + page_size])",
-        (f"{CASES}::test_a_prompt_finds_the_pages_of_the_same_tokens_and_leaves_one_to_compute",),
+        (f"{FOUND}::test_a_prompt_finds_the_pages_of_the_same_tokens_and_leaves_one_to_compute",),
     ),
     (
         "paged-hashes-without-the-salt",
         PREFIX,
         'return sha256(b"mla:" + salt.encode()).digest()',
         'return sha256(b"mla:").digest()',
-        (f"{CASES}::test_a_prompt_finds_the_pages_of_the_same_tokens_and_leaves_one_to_compute",),
+        (f"{FOUND}::test_a_prompt_finds_the_pages_of_the_same_tokens_and_leaves_one_to_compute",),
     ),
     (
         "paged-finds-the-whole-prompt",
         PAGED,
         "for digest in prefix_digests(record.root, ids[:-1], self.page_size):",
         "for digest in prefix_digests(record.root, ids, self.page_size):",
-        (f"{CASES}::test_a_prompt_finds_the_pages_of_the_same_tokens_and_leaves_one_to_compute",),
+        (f"{FOUND}::test_a_prompt_finds_the_pages_of_the_same_tokens_and_leaves_one_to_compute",),
     ),
     (
         "paged-finds-pages-that-are-being-written",
         PAGED,
         "finished = [step for step in self._steps if not any(step.pending)]",
         "finished = list(self._steps)",
-        (f"{CASES}::test_pages_are_found_only_after_every_layer_has_written_them", MACHINE),
+        (f"{FOUND}::test_pages_are_found_only_after_every_layer_has_written_them", MACHINE),
     ),
     (
         "paged-finds-rows-that-a-failed-step-left-out",
         PREFIX,
         "if self.written == begin and self.length >= end:",
         "if self.length >= end:",
-        (f"{CASES}::test_rows_that_a_failed_step_left_out_are_never_found",),
+        (f"{FOUND}::test_rows_that_a_failed_step_left_out_are_never_found",),
     ),
     (
         "paged-keeps-the-ids-of-rejected-tokens",
         PREFIX,
         "del self.pages[num_pages:], self.token_ids[length:], self.digests[length // page_size :]",
         "del self.pages[num_pages:], self.digests[length // page_size :]",
-        (f"{CASES}::test_a_rolled_back_draft_is_not_taken_for_what_followed",),
+        (f"{FOUND}::test_a_rolled_back_draft_is_not_taken_for_what_followed",),
     ),
     (
         "paged-finds-a-page-that-was-rewritten",
         PAGED,
         "self._pages.forget(record.pages[column])",
         "pass",
-        (f"{CASES}::test_rewriting_a_page_that_others_find_leaves_theirs_alone", MACHINE),
+        (f"{FOUND}::test_rewriting_a_page_that_others_find_leaves_theirs_alone", MACHINE),
     ),
     (
         "paged-evicts-what-was-freed-last",
@@ -175,7 +177,7 @@ _BREAKS = [
         "page = next(iter(self._kept))",
         "page = next(reversed(self._kept))",
         (
-            f"{CASES}::"
+            f"{FOUND}::"
             "test_a_freed_prompt_is_found_until_its_pages_are_needed_tail_and_oldest_first",
         ),
     ),
@@ -185,7 +187,7 @@ _BREAKS = [
         "for page in reversed(pages):",
         "for page in pages:",
         (
-            f"{CASES}::"
+            f"{FOUND}::"
             "test_a_freed_prompt_is_found_until_its_pages_are_needed_tail_and_oldest_first",
         ),
     ),

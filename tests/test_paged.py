@@ -1,149 +1,18 @@
-"""PagedLatentCache: sharing, copies, eviction, and what it refuses."""
+"""PagedLatentCache: shared and copied pages, batches that follow the pool, captured steps."""
 
 from __future__ import annotations
 
 import gc
-import re
-from typing import Any
 
-import pytest
 import torch
 from helpers import randn
+from pools import C, R, Z, append, contents, filled, small
 from test_cache import config
 from torch import Tensor
 
 from mla import PagedLatentCache
-from mla.cache import CacheFull, PagedBatch
-from mla.cache.pages import PageAllocator
-from mla.checks import ShapeError, UnsupportedError
 from mla.codec import Fp8Codec, Int4Codec
-from mla.ops import mla_append, mla_decode, mla_gather
-
-C, R, Z = 5, 2, 4
-
-
-def small(**options: Any) -> PagedLatentCache:
-    defaults: dict[str, Any] = {"num_pages": 10, "page_size": Z, "dtype": torch.float32}
-    return PagedLatentCache(config(C, R), **{**defaults, **options})
-
-
-def append(batch: PagedBatch, counts: list[int], seed: int = 0, **options: Any) -> Tensor:
-    """One step of every layer; the rows ``[B, L, C+R]`` that it wrote to each."""
-    batch.reserve(counts, **options)
-    rows = randn(batch.batch_size, max(counts), C + R, seed=seed)
-    for layer in range(batch.num_layers):
-        batch.append(layer, rows[..., :C], rows[..., C:])
-    return rows
-
-
-def filled(pool: PagedLatentCache, ids: list[int], **options: Any) -> int:
-    """A sequence of these tokens."""
-    sequence = pool.allocate(ids, **options)
-    append(pool.batch([sequence]), [len(ids) - pool.length(sequence)], seed=len(ids))
-    return sequence
-
-
-def contents(pool: PagedLatentCache, sequence: int, layer: int = 0) -> Tensor:
-    view = pool.batch([sequence]).view(layer)
-    rows = mla_gather(view, 0, pool.length(sequence), dtype=torch.float32)
-    return torch.cat(rows, dim=-1)[0]
-
-
-def test_a_prompt_finds_the_pages_of_the_same_tokens_and_leaves_one_to_compute():
-    pool = small()
-    filled(pool, list(range(9)))
-    lengths = {9: 8, 10: 8, 8: 4, 5: 4, 4: 0}
-    for length, found in lengths.items():
-        assert pool.length(pool.allocate(list(range(length)))) == found
-    assert pool.length(pool.allocate([0, 1, 2, 3, 4, 5, 6, 0, 8])) == 4
-    assert pool.length(pool.allocate([9, 1, 2, 3, 4])) == 0
-    for same in (torch.arange(9), torch.arange(9).numpy(), range(9), list(torch.arange(9))):
-        assert pool.length(pool.allocate(same)) == 8
-    assert pool.length(pool.allocate(list(range(9)), salt="another adapter")) == 0
-    assert pool.length(pool.allocate()) == 0
-    assert pool.num_free_pages == 10 - 3
-    pool.check()
-
-
-def test_equal_pages_at_other_positions_are_not_found():
-    pool = small()
-    filled(pool, [1, 2, 3, 4] * 2 + [0])
-    assert pool.length(pool.allocate([1, 2, 3, 4] * 3)) == 8
-
-
-def test_pages_are_found_only_after_every_layer_has_written_them():
-    pool = small(num_layers=2)
-    ids = list(range(6))
-    batch = pool.batch([pool.allocate(ids)])
-    batch.reserve(6)
-    rows = torch.zeros(1, 6, C + R)
-    batch.append(0, rows[..., :C], rows[..., C:])
-    assert pool.length(pool.allocate(ids)) == 0
-    batch.append(1, rows[..., :C], rows[..., C:])
-    assert pool.length(pool.allocate(ids)) == 4
-
-
-def test_rows_that_a_failed_step_left_out_are_never_found():
-    pool = small(num_layers=2)
-    ids = list(range(9))
-    batch = pool.batch([pool.allocate(ids)])
-    batch.reserve(2)
-    batch.append(0, torch.zeros(1, 2, C), torch.zeros(1, 2, R))  # and the second layer raises
-    append(batch, [7])  # not taken back: the caller goes on
-    assert pool.length(pool.allocate(ids)) == 0
-    batch.truncate([0])
-    append(batch, [9], token_ids=[ids])
-    assert pool.length(pool.allocate(ids)) == 8
-    pool.check()
-
-
-def test_generated_tokens_are_found_where_their_ids_are_told():
-    pool = small()
-    chat = filled(pool, [1, 2])
-    batch = pool.batch([chat])
-    for token in (3, 4, 5):
-        append(batch, [1], token_ids=[[token]])
-    assert pool.length(pool.allocate([1, 2, 3, 4, 5])) == 4
-    append(batch, [1])  # an unknown token: no page from here on has known contents
-    append(batch, [6], token_ids=[[7, 8, 9, 10, 11, 12]])
-    assert pool.length(pool.allocate([1, 2, 3, 4, 5, 6, 7, 8, 9])) == 4
-    pool.check()
-
-
-def test_a_rolled_back_draft_is_not_taken_for_what_followed():
-    pool = small()
-    chat = filled(pool, [1, 2])
-    batch = pool.batch([chat])
-    append(batch, [4], token_ids=[[3, 4, 5, 6]])
-    batch.truncate([3])
-    append(batch, [3], seed=1)  # other tokens, of unknown ids
-    assert pool.length(pool.allocate([1, 2, 3, 4, 5])) == 0
-    batch.truncate([3])
-    append(batch, [3], seed=1, token_ids=[[9, 8, 7]])
-    assert pool.length(pool.allocate([1, 2, 3, 4, 5])) == 0
-    assert pool.length(pool.allocate([1, 2, 3, 9, 5])) == 4
-
-
-def test_a_freed_prompt_is_found_until_its_pages_are_needed_tail_and_oldest_first():
-    pool = small(num_pages=6)
-    old, new = filled(pool, list(range(9))), filled(pool, list(range(50, 59)))
-    pool.free(old, new)
-    assert pool.num_free_pages == 6
-    append(pool.batch([pool.allocate()]), [3 * Z])  # two were never kept: one of the old goes
-    assert pool.length(pool.allocate(list(range(9)))) == 4
-    assert pool.length(pool.allocate(list(range(50, 59)))) == 8
-    pool.check()
-
-
-def test_finding_a_page_saves_it_from_eviction():
-    pool = small(num_pages=3)
-    pool.free(filled(pool, list(range(5))))
-    chat = pool.allocate(list(range(5)))
-    assert pool.num_free_pages == 2
-    with pytest.raises(CacheFull):
-        pool.batch([pool.allocate()]).reserve(3 * Z)
-    append(pool.batch([chat]), [2 * Z])
-    pool.check()
+from mla.ops import mla_append, mla_decode
 
 
 def test_forks_share_until_they_write():
@@ -173,20 +42,6 @@ def test_two_rows_of_one_batch_that_share_a_page_may_both_write():
     assert torch.equal(contents(pool, first), torch.cat([before, rows[0]]))
     assert torch.equal(contents(pool, second), torch.cat([before, rows[1]]))
     assert pool.num_free_pages == 0
-
-
-def test_rewriting_a_page_that_others_find_leaves_theirs_alone():
-    pool = small()
-    first = filled(pool, list(range(6)))
-    second = pool.allocate(list(range(6)))
-    before = contents(pool, second)
-    pool.truncate(first, 2)
-    append(pool.batch([first]), [4], seed=9)
-    assert torch.equal(contents(pool, second), before)
-    pool.truncate(second, 1)
-    append(pool.batch([second]), [4], seed=9)  # nobody else's: written in place, not found again
-    assert pool.length(pool.allocate(list(range(6)))) == 0
-    pool.check()
 
 
 def test_copies_are_those_of_the_stored_bytes():
@@ -251,28 +106,6 @@ def test_idle_rows_get_nothing():
     assert batch.lengths.tolist() == [0, 0]
 
 
-def test_layers_do_not_reserve_on_top_of_a_step_that_others_have_not_written():
-    """A batch for each layer, or a second try after an exception, would count tokens twice."""
-    pool = small(num_layers=2)
-    a = pool.allocate()
-    rows = torch.zeros(1, 2, C), torch.zeros(1, 2, R)
-    batch = pool.batch([a])
-    batch.ensure_reserved(0, 2, starts=None)
-    batch.append(0, *rows)
-    message = "row 0 has 0 of 2 positions written by every layer, expected all before a new step"
-    for again, layer in ((pool.batch([a]), 1), (batch, 0)):
-        with pytest.raises(ShapeError, match=message):
-            again.ensure_reserved(layer, 2, starts=None)
-    assert pool.length(a) == 2
-    batch.ensure_reserved(1, 2, starts=None)
-    batch.append(1, *rows)
-    pool.batch([a]).ensure_reserved(0, 2, starts=None)
-    assert pool.length(a) == 4
-    pool.truncate(a, 2)
-    pool.batch([a]).ensure_reserved(0, 2, starts=None)
-    assert pool.length(a) == 4
-
-
 def test_a_captured_step_of_a_fixed_batch_stays_right():
     """The tensors of one view, taken once, serve every later step, as a captured graph does."""
     pool = small(num_pages=20)
@@ -311,15 +144,6 @@ def test_a_captured_step_of_a_fixed_batch_stays_right():
     assert view.page_table is batch.page_table and batch.view(0).max_length == view.max_length
     told = [11, 12, 13, 14]  # of row 2, which began at step 11 with a new sequence
     assert pool.length(pool.allocate([*told, 0])) == 4
-
-
-def test_replayed_steps_without_a_commit_are_not_found():
-    pool = small()
-    batch = pool.batch([pool.allocate(list(range(6)))])
-    for _ in range(6):
-        batch.reserve(1)
-    assert pool.length(pool.allocate(list(range(6)))) == 0
-    assert len(pool._steps) == 1
 
 
 def test_a_compiled_step_writes_and_is_found():
@@ -396,175 +220,3 @@ def test_the_table_grows_with_its_rows():
         append(batch, [1, step % 2], seed=step)
     pool.check()
     assert batch.page_table.shape[1] == 32 and batch.view(0).max_length == 70
-
-
-ROWS = torch.zeros(1, 2, C + R)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (
-            lambda p, a: p.free(a, a),
-            "PagedLatentCache.free: sequences has value ({a}, {a}), expected each once",
-        ),
-        (
-            lambda p, a: p.free(a) or p.free(a),
-            "PagedLatentCache.free: sequence has value {a}, expected an id that this pool "
-            "allocated and has not freed",
-        ),
-        (
-            lambda p, a: p.fork(-1),
-            "PagedLatentCache.fork: sequence has value -1, expected an id",
-        ),
-        (
-            lambda p, a: p.truncate(a, 7),
-            "PagedLatentCache.truncate: length has value 7, expected 0 to 6",
-        ),
-        (
-            lambda p, a: p.batch([a, a]),
-            "PagedBatch.select: sequences has value [{a}, {a}], expected 2 that differ",
-        ),
-        (
-            lambda p, a: p.batch([]),
-            "PagedBatch: batch_size, layers have values 0, 1, expected at least 1 of each",
-        ),
-        (
-            lambda p, a: p.batch([a], max_length=0),
-            "PagedLatentCache.batch: max_length has value 0, expected at least 1 or None",
-        ),
-        (
-            lambda p, a: p.batch([a, None]).reserve([1, 1]),
-            "PagedBatch.reserve: new_lengths has 1 tokens for row 1, expected 0 for an idle row",
-        ),
-        (
-            lambda p, a: p.batch([a]).reserve([2], token_ids=[[1]]),
-            "PagedBatch.reserve: token_ids has [1] tokens, expected [2] or None",
-        ),
-        (
-            lambda p, a: p.batch([a]).append(0, ROWS[..., :C], ROWS[..., C:]),
-            "PagedBatch.append: layer_idx=0 has no reservation, expected reserve(new_lengths) "
-            "once before the first layer of a step",
-        ),
-        (
-            lambda p, a: p.batch([a, None]).reorder([1, 0]),
-            "PagedBatch.reorder: indices has value [1, 0], expected 2 numbers of 0 to 1, idle "
-            "rows from idle rows",
-        ),
-        (
-            lambda p, a: p.batch([a]).truncate([7]),
-            "PagedBatch.truncate: lengths has value [7], expected at most [6], and at least the "
-            "first visible positions",
-        ),
-        (lambda p, a: p.rows(1), "PagedLatentCache.rows: layer_idx has value 1, expected 0 to 0"),
-        (
-            lambda p, a: p.allocate(torch.zeros(2, 2)),
-            "PagedLatentCache.allocate: token_ids has shape (2, 2) and dtype torch.float32, "
-            "expected [length] integers",
-        ),
-        (
-            lambda p, a: p.allocate([[1], [2]]),
-            "PagedLatentCache.allocate: token_ids has value [[1], [2]], expected 64-bit integers",
-        ),
-        (
-            lambda p, a: p.allocate([2**63]),
-            "PagedLatentCache.allocate: token_ids has value [9223372036854775808], expected "
-            "64-bit integers",
-        ),
-        (
-            lambda p, a: small(page_size=0),
-            "PagedLatentCache: num_pages, page_size, layers have values 10, 0, 1, expected at "
-            "least 1 of each and int32 page numbers",
-        ),
-        (
-            lambda p, a: small(dtype=torch.int8),
-            "PagedLatentCache: dtype has value torch.int8, expected float64 to bfloat16",
-        ),
-    ],
-)
-def test_what_it_refuses(call, message):
-    pool = small()
-    a = filled(pool, list(range(6)))
-    with pytest.raises(ShapeError, match=re.escape(message.format(a=a))):
-        call(pool, a)
-
-
-def test_full():
-    pool = small(num_pages=3)
-    a, b = filled(pool, list(range(6))), pool.allocate()
-    c = pool.fork(a)
-    message = (
-        "PagedLatentCache: the step has a need of 3 pages, expected at most the 1 free ones of 3; "
-        "nothing has changed"
-    )
-    with pytest.raises(CacheFull, match=re.escape(message)) as error:
-        pool.batch([a, b, c]).reserve([1, 1, 3])
-    assert (error.value.needed, error.value.free) == (3, 1)
-    assert [pool.length(s) for s in (a, b, c)] == [6, 0, 6]
-    message = "PagedBatch.reserve: max_length has value 6, expected at least 7; nothing has changed"
-    with pytest.raises(CacheFull, match=re.escape(message)):
-        pool.batch([a], max_length=6).reserve(1)
-    with pytest.raises(CacheFull, match="max_length has value 5, expected at least 6"):
-        pool.batch([a], max_length=5)
-    pool.check()
-
-
-def test_no_other_batch_grows_a_row_beyond_the_table_of_a_fixed_one():
-    pool = small()
-    a, b = filled(pool, [1, 2, 3]), filled(pool, list(range(7)))
-    fixed = pool.batch([a, None], max_length=4)
-    address = fixed.page_table.data_ptr()
-    both = pool.batch([a, b])
-    message = "max_length has value 4, expected at least 5; nothing has changed"
-    with pytest.raises(CacheFull, match=f"PagedBatch.reserve: {message}"):
-        both.reserve([2, 1])
-    with pytest.raises(CacheFull, match=f"PagedBatch.reorder: {message.replace('5', '7')}"):
-        both.reorder([1, 1])
-    assert both.lengths.tolist() == [3, 7] and fixed.lengths.tolist() == [3, 0]
-    both.reserve([1, 2])
-    both.truncate([4, 1])
-    both.reorder([1, 0])
-    pool.check()
-    assert fixed.lengths.tolist() == [1, 0] and fixed.page_table.data_ptr() == address
-
-
-def test_left_padding_is_refused():
-    pool = small()
-    batch = pool.batch([pool.allocate()])
-    with pytest.raises(UnsupportedError, match="expected None or zeros; pad on the right"):
-        batch.reserve(3, starts=[1])
-    batch.reserve(3, starts=[0])
-
-
-def test_the_books_notice_a_page_released_twice():
-    pages = PageAllocator(2)
-    page = pages.take()
-    pages.release([page])
-    with pytest.raises(AssertionError, match="released more often than it was taken"):
-        pages.release([page])
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda pool, a: pool._pages._free.append(0), "is not just one of"),
-        (lambda pool, a: pool._pages._free.append(9), "free twice"),
-        (lambda pool, a: pool._pages.share([0]), "counts 2 users, 1 use it"),
-        (lambda pool, a: pool._records[a].pages.pop(), "of length 6 has 1 pages"),
-        (lambda pool, a: pool._records[a].token_ids.__setitem__(0, 7), "digests of other tokens"),
-        (lambda pool, a: pool._pages._page_of.clear(), "not the one that its hash finds"),
-        (lambda pool, a: setattr(pool._records[a], "written", 9), "9 written positions"),
-        (lambda pool, a: next(iter(pool._batches)).lengths.add_(1), "shows length 7, expected 6"),
-        (lambda pool, a: next(iter(pool._batches)).page_table.add_(1), "row 0 shows pages"),
-    ],
-)
-def test_check_notices(spoil, message):
-    pool = small()
-    a = filled(pool, list(range(6)))
-    batch = pool.batch([a])
-    pool.allocate()
-    pool.check()
-    spoil(pool, a)
-    with pytest.raises(AssertionError, match=message):
-        pool.check()
-    del batch

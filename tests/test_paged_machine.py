@@ -8,9 +8,7 @@ their histories agree. Tokens that the cache is not told are unique.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ from helpers import poison_
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pools import SIZES, History, values
 from test_cache import config
 from torch import Tensor
 
@@ -26,31 +25,9 @@ from mla.cache import CacheFull, PagedBatch, PagedLatentCache
 from mla.checks import ShapeError
 from mla.codec import Codec, Int4Codec, Int8Codec, PlainCodec
 
-SIZES = ((7, 2), (5, 0))  # of layers 0 and 1
 CODECS = (PlainCodec(), Int8Codec(rope_bits=8), Int4Codec())
 MOST_SEQUENCES = 6
-WIDTH = 9  # numbers of the longest row
 TOKENS = st.integers(0, 1)
-
-
-@dataclass
-class History:
-    """What the model knows: one digest a position (None: lost in a step that failed)."""
-
-    root: bytes
-    digests: list[bytes | None] = field(default_factory=list)
-    told: list[int] = field(default_factory=list)  # ids of the prompt behind the digests
-
-    def next(self, token: object) -> bytes:
-        before = self.digests[-1] if self.digests else self.root
-        return sha256(repr((before, token)).encode()).digest()
-
-
-def values(digests: Sequence[bytes], layer: int) -> Tensor:
-    """``[S, C+R]`` float32 rows of one layer."""
-    C, R = SIZES[layer]
-    numbers = [list(digest[layer * WIDTH : layer * WIDTH + C + R]) for digest in digests]
-    return torch.tensor(numbers, dtype=torch.float32).reshape(-1, C + R)
 
 
 class PoolMachine(RuleBasedStateMachine):
