@@ -47,7 +47,7 @@ _BREAKS = [
         PAGED,
         "needed += min(num_writers, self._pages.references(page) - 1)",
         "pass",
-        (f"{REFUSED}::test_full", MACHINE),
+        (f"{REFUSED}::test_full",),
     ),
     (
         "paged-copies-for-every-writer",
@@ -148,7 +148,7 @@ _BREAKS = [
         PAGED,
         "finished = [step for step in self._steps if not any(step.pending)]",
         "finished = list(self._steps)",
-        (f"{FOUND}::test_pages_are_found_only_after_every_layer_has_written_them", MACHINE),
+        (f"{FOUND}::test_pages_are_found_only_after_every_layer_has_written_them",),
     ),
     (
         "paged-finds-rows-that-a-failed-step-left-out",
@@ -169,7 +169,7 @@ _BREAKS = [
         PAGED,
         "self._pages.forget(record.pages[column])",
         "pass",
-        (f"{FOUND}::test_rewriting_a_page_that_others_find_leaves_theirs_alone", MACHINE),
+        (f"{FOUND}::test_rewriting_a_page_that_others_find_leaves_theirs_alone",),
     ),
     (
         "paged-evicts-what-was-freed-last",
