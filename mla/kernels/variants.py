@@ -177,6 +177,8 @@ def variants() -> Iterator[Variant]:
             yield _append(architecture, codec, 512, 64, bf16)
         yield _decode(architecture, plain, 20, 512, 64, bf16)
         yield _decode(architecture, plain, 32, 256, 64, torch.float16)
+        yield _decode(architecture, Fp8Codec(), 32, 512, 64, bf16)
+        yield _decode(architecture, Int4Codec(), 32, 512, 64, bf16)
         yield _decode(architecture, plain, 40, 256, 32, bf16)
         yield _decode(architecture, plain, 16, 512, 64, torch.float32)
         yield _decode(architecture, plain, 16, 512, 64, bf16, Z=0)
