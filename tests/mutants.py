@@ -4,6 +4,7 @@
 here when the code changes. Add a break with each new capability: the one that a reader would miss.
 """
 
+from mutants_cpp import MUTANTS as BREAKS_OF_CPP
 from mutants_files import MUTANTS as BREAKS_OF_FILES
 from mutants_kernels import MUTANTS as BREAKS_OF_KERNELS
 from mutants_ops import MUTANTS as BREAKS_OF_OPS
@@ -34,6 +35,7 @@ MUTANTS: list[Mutant] = [
     *BREAKS_OF_TRANSFORMERS,
     *BREAKS_OF_FILES,
     *BREAKS_OF_PAGES,
+    *BREAKS_OF_CPP,
     Mutant(
         name="scale-forgets-the-rotated-width",
         file="mla/config.py",

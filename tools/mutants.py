@@ -9,6 +9,7 @@ in the tests.
 import argparse
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("mla", "tests", "tools", "benchmarks", "examples", "csrc", "pyproject.toml", "README.md")
+FOLDERS = ("mla", "tests", "tools", "benchmarks", "examples", "csrc")
+COPIED = (*FOLDERS, "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TIMEOUT = 600  # seconds for the tests of one break
 PASSED, FAILED = 0, 1  # pytest's exit codes; most others mean that the tests did not run
 TIMED_OUT = 1000
@@ -87,6 +89,20 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(source, target / name)
 
 
+def is_compiled(mutant: Mutant) -> bool:
+    return mutant.file.startswith("csrc/")
+
+
+def build(root: Path) -> str | None:
+    """Build the extension of the tree at ``root``; what the compiler said if that failed."""
+    for old in (root / "mla").glob("_C.*"):
+        old.unlink()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=TIMEOUT)
+    is_built = any((root / "mla").glob("_C.*"))
+    return None if is_built else result.stdout + result.stderr
+
+
 def run_tests(
     root: Path, tests: Iterable[str], data_root: Path, interpreter: bool = False
 ) -> tuple[int, str]:
@@ -117,6 +133,8 @@ def judge(mutant: Mutant, data_root: Path) -> tuple[Mutant, str, str]:
     with tempfile.TemporaryDirectory(prefix="mla-mutant-") as folder:
         copy_tree(Path(folder))
         apply(mutant, Path(folder))
+        if is_compiled(mutant) and (output := build(Path(folder))) is not None:
+            return mutant, "error", output
         code, output = run_tests(Path(folder), mutant.tests, data_root, mutant.interpreter)
     # Below 0: a signal ended the tests, as a wild read does.
     verdict = "caught" if code < 0 else {PASSED: "missed", FAILED: "caught"}.get(code, "error")
@@ -153,6 +171,9 @@ def main() -> int:
         print(f"mutants: failed: no break is named {', '.join(sorted(unknown))}", file=sys.stderr)
         return 1
     mutants = [m for m in mutants if not arguments.only or m.name in arguments.only]
+    if shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]) is None:
+        print("mutants: those of csrc are left out, there is no C++ compiler")
+        mutants = [m for m in mutants if not is_compiled(m)]
     data_root = arguments.data_root.resolve()
     output = check_unbroken(mutants, data_root) if mutants else None
     if output is not None:
