@@ -55,6 +55,15 @@ class History:
     root: bytes
     digests: list[bytes | None] = field(default_factory=list)
     told: list[int] = field(default_factory=list)  # ids of the prompt behind the digests
+    ids: list[int] = field(default_factory=list)  # of the positions before the first unknown one
+
+    def copy(self) -> History:
+        return History(self.root, list(self.digests), list(self.told), list(self.ids))
+
+    def cut(self, length: int) -> None:
+        """Roll back; what follows is another prompt."""
+        del self.digests[length:], self.ids[length:]
+        self.told = []
 
     def next(self, token: object) -> bytes:
         before = self.digests[-1] if self.digests else self.root
