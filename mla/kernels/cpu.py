@@ -100,7 +100,7 @@ def _rotate(latent: Tensor, dtype: torch.dtype) -> Tensor:
     """`rotate_latent` with sums in another order, rounded to ``dtype``."""
     C = latent.shape[-1]
     out = torch.empty(latent.shape, dtype=dtype)
-    _op("rotate")(latent.reshape(-1, C), out.view(-1, C), math.gcd(C, 128))
+    _op("rotate")(latent.reshape(-1, C).contiguous(), out.view(-1, C), math.gcd(C, 128))
     return out
 
 
