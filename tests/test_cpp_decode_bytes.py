@@ -93,3 +93,16 @@ def test_rotation_is_that_of_the_codec(C, dtypes, seed):
     exact = rotate_latent(latent.double())
     plain = rotate_latent(latent.float()).to(dtypes[1])
     assert_within_budget(cpu._rotate(latent, dtypes[1]), exact, plain, "rotated")
+
+
+@pytest.mark.parametrize("codec", [Int8Codec(), Int4Codec()])
+def test_halves_of_one_query(codec):
+    """Queries that are slices of wider rows, as layers hand them over."""
+    view = make_view(*(randn(2, 70, w, seed=w, dtype=torch.float64) for w in (64, 32)), [70, 9],
+                     codec=codec, dtype=torch.bfloat16)  # fmt: skip
+    query = randn(2, 1, 3, 96, seed=8, dtype=torch.bfloat16)
+    halves = query.split([64, 32], dim=-1)
+    out, lse = cpu.decode(*halves, view, 0.1, None, torch.bfloat16)
+    whole = [x.contiguous() for x in halves]
+    expected = cpu.decode(*whole, view, 0.1, None, torch.bfloat16)
+    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
