@@ -144,8 +144,8 @@ TABLE: tuple[Implementation, ...] = (
         name="cpp",
         devices=("cpu",),
         batch_invariant=True,
-        note="C++ kernels for AVX-512 with and without bfloat16 products, AVX2 and any other "
-        "processor; float32 to float16; built where there is a C++ compiler",
+        note="C++ kernels for AVX-512 with and without products of bytes and of bfloat16, AVX2 and "
+        "any other processor; float32 to float16; built where there is a C++ compiler",
         reason_not=_cpp_reason,
         kernels={
             "mla_decode": "mla.kernels.cpu:decode",
