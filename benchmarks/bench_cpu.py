@@ -12,6 +12,7 @@ shares can pass 1, and only ratios mean something.
     torch        impl="torch"
     cpp          impl="cpp"
     int8, int4   impl="cpp" on coded rows
+    cpp alone    impl="cpp", calls one after another: rows that fit stay in the processor's caches
 
 Dims: B batch, H heads, S cached positions, C=512, R=64, N=V=128.
 """
@@ -40,6 +41,7 @@ from mla.view import CacheView
 
 C, R, N, V = 512, 64, 128, 128
 SCALE = (N + R) ** -0.5
+ALONE, CALLS = "cpp alone", 10
 MAX_EXPANDED = 1 << 28  # elements of expanded keys; beyond, expanding takes seconds and gigabytes
 CODED: dict[str, Codec] = {"int8": Int8Codec(), "int4": Int4Codec()}
 
@@ -190,6 +192,9 @@ def rows_at(point: Point, options: Options, on_round: Callable[[], None]) -> lis
         {impl: setup(point, impl) for impl in ("cpp", *CODED)}, rounds=options.rounds, seconds=10.0
     )
     own = median(coded["cpp"].cpu)
+    call = setup(point, "cpp").run
+    repeated = Candidate(run=lambda: [call() for _ in range(CALLS)][-1], units=CALLS)
+    alone = measure({ALONE: repeated}, rounds=options.rounds, seconds=10.0)[ALONE]
     register = median(peaks)
 
     def figures(row: Row, cpu_ms: float) -> Row:
@@ -208,6 +213,7 @@ def rows_at(point: Point, options: Options, on_round: Callable[[], None]) -> lis
         # Timed against our own plain rows, in turns with them.
         ratio = own / median(coded[name].cpu)
         shown.append({**figures({**point, "impl": name}, times["cpp"] / ratio), "x_rows": ratio})
+    shown.append(figures({**point, "impl": ALONE}, 1e3 * median(alone.cpu)))
     return [{**row, "peak_gflops": register} for row in shown]
 
 
