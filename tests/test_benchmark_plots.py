@@ -19,7 +19,7 @@ ROWS = {
         for impl in ("stock", "ours")
     ],
     "models": [
-        {"model": "m", "S": S, "impl": impl, "tokens_per_second": 3.0}
+        {"model": "m", "S": S, "impl": impl, "tokens_per_s": 3.0}
         for S in (1024, 4096)
         for impl in ("stock", "cpp")
     ],
@@ -72,6 +72,9 @@ def test_a_folder_without_rows_is_one_line(tmp_path, capsys):
     (tmp_path / "layer.csv").write_text(header + "\n")
     assert plot.main([str(tmp_path)]) == 2
     assert "layer.csv has no rows" in capsys.readouterr().err
+    write("layer", [{"dtype": "float32", "impl": "ours", **LINE}], tmp_path)
+    assert plot.main([str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "layer.csv has no column 'S'" in capsys.readouterr().err
 
 
 def test_the_committed_rows_can_be_drawn(tmp_path):
