@@ -25,7 +25,7 @@ from mla.kernels.eager.rows import fetch, fetch_masked, local_count
 from mla.view import CacheView
 
 # Chunks of 256-1024 keys measured alike, and 1.1-2.2x faster than one product over 2048-8192 keys
-# (batch 1, 16 heads, C=512, R=64, 2-core Zen 4, torch 2.13).
+# (batch 1, 16 heads, C=512, R=64, 2-core Zen 5, torch 2.13).
 KEYS_PER_CHUNK = 512
 MAX_SCORES = 1 << 24  # elements of one block of scores: 64 MiB in float32
 MAX_WIDENED = 1 << 24  # elements of 16-bit rows that are float32 for a moment: 64 MiB
