@@ -38,10 +38,14 @@ LAYERS: list[dict[str, set[str]]] = [
         "kernels.rotate": {"kernels.tiles", "kernels.launch"},
         "kernels.decode": {"kernels.tiles", "kernels.launch", "kernels.merge", "kernels.rotate"},
         "kernels.prefill_types": set(),
-        "kernels.prefill": {"kernels.launch", "kernels.expand", "kernels.prefill_types"},
+        "kernels.variant_types": set(),
+        "kernels.prefill": {
+            *("kernels.launch", "kernels.expand", "kernels.prefill_types"),
+            "kernels.variant_types",
+        },
         "kernels.variants": {
             *("kernels.launch", "kernels.merge", "kernels.append", "kernels.rotate"),
-            *("kernels.expand", "kernels.decode", "kernels.prefill"),
+            *("kernels.expand", "kernels.decode", "kernels.prefill", "kernels.variant_types"),
         },
         "kernels.eager": {"kernels.prefill_types"},
         "kernels.cpu": set(),

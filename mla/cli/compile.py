@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from mla.cli.console import CommandError, one_line, progress, require, table
 
 if TYPE_CHECKING:
-    from mla.kernels.variants import Report, Variant
+    from mla.kernels.variant_types import Variant
+    from mla.kernels.variants import Report
 
 ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "sm120", "gfx942", "gfx950")
 FAMILIES = ("decode", "append", "merge", "rotate", "prefill", "expand")

@@ -8,7 +8,6 @@ Dims: N unrotated width, R rotated width, V value width, C latent width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from mla.kernels.prefill_backward import BLOCK_T, prefill_delta_kernel
 from mla.kernels.prefill_backward_keys import prefill_backward_keys_kernel
 from mla.kernels.prefill_backward_queries import prefill_backward_queries_kernel
 from mla.kernels.prefill_tiles import parts
+from mla.kernels.variant_types import Variant
 
 Widths = tuple[int, int, int]  # N, R, V
 
@@ -53,22 +53,6 @@ SPILLS: dict[tuple[str, Kernel, Widths], tuple[int, str]] = {
 FLOAT32_SPILLS = (128, "exact products take no tensor cores; the assembler picks few registers")
 
 
-@dataclass(frozen=True)
-class PrefillVariant:
-    """One kernel with all its constants, for one architecture."""
-
-    name: str
-    kernel: Any
-    architecture: str
-    signature: dict[str, str]  # types of the arguments that are no constants
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    spill_bytes: int = 0  # allowed
-    reason: str = ""  # for spills
-    mma: str | None = None  # required matrix instruction
-
-
 def _signature(kernel: Any, constants: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:
     types = {}
     for name in kernel.arg_names:
@@ -83,7 +67,7 @@ def _signature(kernel: Any, constants: dict[str, Any], dtype: torch.dtype) -> di
 
 def _attention(
     architecture: str, name: Kernel, widths: Widths, dtype: torch.dtype, causal: bool
-) -> PrefillVariant:
+) -> Variant:
     row: PrefillRow = prefill_row(
         architecture, name, sum(sum(parts(width)) for width in widths), dtype
     )
@@ -101,7 +85,7 @@ def _attention(
     is_float32 = dtype == torch.float32
     spills = SPILLS.get((architecture, name, widths), (0, ""))
     spill_bytes, reason = FLOAT32_SPILLS if is_float32 else spills
-    return PrefillVariant(
+    return Variant(
         f"prefill {name} {str(dtype)[6:]} N={N} R={R} V={V} {row.BLOCK_L}x{row.BLOCK_S}"
         + ("" if causal else " full"),
         KERNELS[name],
@@ -116,12 +100,12 @@ def _attention(
     )
 
 
-def _expand(architecture: str, dtype: torch.dtype) -> PrefillVariant:
+def _expand(architecture: str, dtype: torch.dtype) -> Variant:
     row = expand_row(architecture, dtype)
     is_float32 = dtype == torch.float32
     constants = {"C": 512, "UPCAST": False}
     constants |= {"BLOCK_T": row.BLOCK_T, "BLOCK_O": row.BLOCK_O, "BLOCK_C": row.BLOCK_C}
-    return PrefillVariant(
+    return Variant(
         f"expand {str(dtype)[6:]} C=512 {row.BLOCK_T}x{row.BLOCK_O}",
         expand_kernel,
         architecture,
@@ -134,9 +118,9 @@ def _expand(architecture: str, dtype: torch.dtype) -> PrefillVariant:
     )
 
 
-def _delta(architecture: str) -> PrefillVariant:
+def _delta(architecture: str) -> Variant:
     constants = {"V": 128, "BLOCK_V": 128, "BLOCK_T": BLOCK_T}
-    return PrefillVariant(
+    return Variant(
         "prefill delta bfloat16 V=128",
         prefill_delta_kernel,
         architecture,
@@ -147,8 +131,8 @@ def _delta(architecture: str) -> PrefillVariant:
     )
 
 
-def _variants() -> tuple[PrefillVariant, ...]:
-    found: list[PrefillVariant] = []
+def _variants() -> tuple[Variant, ...]:
+    found: list[Variant] = []
     for architecture in ARCHITECTURES:
         for name in KERNELS:
             for widths in WIDTHS:

@@ -13,7 +13,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from mla.kernels.decode import decode_kernel
 from mla.kernels.merge import BLOCK_LSE, BLOCK_X, merge_kernel
 from mla.kernels.prefill_variants import PREFILL_VARIANTS
 from mla.kernels.rotate import rotate_kernel
+from mla.kernels.variant_types import Variant
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -51,27 +51,6 @@ SPILLS: dict[tuple[str, str], tuple[int, str]] = {
     ("sm100", "decode plain bfloat16 H=16 C=512 R=64 L=4 64x32"): (24, _FULL),
     ("sm100", "decode plain bfloat16 H=40 C=256 R=32 64x32"): (4, "with Triton 3.9.0 alone"),
 }
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One kernel with all its constants, for one architecture."""
-
-    name: str
-    kernel: Any
-    architecture: str
-    signature: dict[str, str]  # types of the arguments that are no constants
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    spill_bytes: int = 0  # allowed
-    reason: str = ""  # for spills
-    mma: str | None = None  # required matrix instruction
-
-    @property
-    def family(self) -> str:
-        """decode, append, merge, rotate, prefill or expand."""
-        return self.name.partition(" ")[0]
 
 
 class Report(NamedTuple):
@@ -190,8 +169,7 @@ def variants() -> Iterator[Variant]:
         yield _append(architecture, Int4Codec(rope_bits=8), 512, 64, bf16)
         yield _merge(architecture, bf16)
         yield _rotate(architecture, bf16)
-    for prefill in PREFILL_VARIANTS:
-        yield Variant(*(getattr(prefill, field.name) for field in fields(Variant)))
+    yield from PREFILL_VARIANTS
 
 
 def _named(

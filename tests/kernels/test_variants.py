@@ -18,7 +18,8 @@ from mla.__main__ import main
 from mla.cli.compile import ARCHITECTURES, FAMILIES
 from mla.codec import Fp8Codec, Int4Codec, PlainCodec
 from mla.kernels import launch
-from mla.kernels.variants import SPILLS, TARGETS, Report, Variant, compile_variant, variants
+from mla.kernels.variant_types import Variant
+from mla.kernels.variants import SPILLS, TARGETS, Report, compile_variant, variants
 
 pytestmark = pytest.mark.compiles
 
