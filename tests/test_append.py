@@ -138,6 +138,7 @@ def test_gather_returns_what_the_rows_hold(case):
         mla_append(view, latent, k_rope, new_lengths=new_lengths, impl="torch")
     expected = [x.nan_to_num(0.0) for x in stored_rows(view, CAPACITY)]
     actual = mla_gather(view, 0, CAPACITY, dtype=F64)
+    # Float64: scale times code in another order.
     torch.testing.assert_close(actual.latent, expected[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(actual.k_rope, expected[1], rtol=1e-12, atol=0)
 
@@ -180,6 +181,7 @@ def test_gather_of_a_window_is_the_window_of_all(seed, page_size, codec, lengths
     window = mla_gather(view, begin, end, dtype=F64)
     assert window.latent.shape == (2, end - begin, 24)
     actual = torch.cat(window, dim=-1)
+    # Float64: scale times code in another order.
     torch.testing.assert_close(actual, rows[:, begin:end], rtol=1e-12, atol=1e-12)
 
 

@@ -51,12 +51,14 @@ def test_decode_reads_the_documented_layout(codec, C, R, magnitude, seed):
     actual = codec.decode(rows, C, R, F64)
     if codec.rotation:
         actual = torch.cat([rotate_latent(actual[..., :C]), actual[..., C:]], dim=-1)
+    # Float64: scale times code and the rotation in another order.
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12 * magnitude)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         torch.testing.assert_close(
             codec.decode(rows, C, R, dtype).double(),
             codec.decode(rows, C, R, F64).to(dtype).double(),
             rtol=torch.finfo(dtype).eps,
+            # The smallest float32 that is not 0.
             atol=1e-45,
         )
 
@@ -167,6 +169,7 @@ def test_a_row_depends_on_nothing_but_itself(codec):
     latent, k_rope = randn(2, 3, 130, seed=0), randn(2, 3, 6, seed=1)
     rows = codec.encode(latent, k_rope)
     alone = codec.encode(latent[1, 2], k_rope[1, 2])
+    # Bytes: no tolerance.
     torch.testing.assert_close(rows[1, 2], alone, rtol=0, atol=0)
 
 
@@ -192,6 +195,7 @@ def test_rotation_is_orthonormal_and_its_own_inverse(C, seed):
 def test_rotation_is_a_block_hadamard(C, size):
     matrix = rotate_latent(torch.eye(C, dtype=F64))
     expected = torch.block_diag(*[reference.hadamard(size)] * (C // size))
+    # 1/sqrt(size) by two routines.
     torch.testing.assert_close(matrix, expected, rtol=1e-15, atol=0)
 
 

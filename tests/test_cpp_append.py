@@ -110,6 +110,7 @@ def test_fused_form(dtype, angle_dtype, pairing, R, has_norm, latent_scale, code
         cos, sin = cos.float(), sin.float()
     turned = rotate(kv_a[..., C:], cos, sin, pairing)
     tolerance = 2 * torch.finfo(dtype).eps
+    # The turned pair is rounded once here, and once in the plain form.
     torch.testing.assert_close(k_rope, turned, rtol=tolerance, atol=tolerance)
     if dtype != torch.float32 and angle_dtype == dtype:
         assert torch.equal(k_rope, turned), "every product is rounded, as in transformers"

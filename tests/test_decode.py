@@ -280,6 +280,7 @@ def test_out_dtype(dtype, out_dtype):
     cast = mla_decode(*q, view, scale=0.2, out_dtype=out_dtype)
     assert cast.out.dtype == out_dtype and cast.lse.dtype == lse.dtype
     bound = max(torch.finfo(x).eps for x in (dtype, out_dtype))
+    # One rounding in either dtype; 1e-30 is below any value here.
     torch.testing.assert_close(cast.out.double(), out.double(), rtol=2 * bound, atol=1e-30)
 
 
@@ -290,6 +291,7 @@ def test_float16_does_not_overflow_over_many_equal_keys(impl):
     view = make_view(latent, latent[..., :4] * 0, [2000, 2000], dtype=torch.float16)
     q = [torch.zeros(2, 1, 3, width, dtype=torch.float16) for width in (16, 4)]
     out = mla_decode(*q, view, scale=1.0, impl=impl).out
+    # A little over float16's rounding, 9.8e-4, of the result and of the sum.
     torch.testing.assert_close(out, torch.full_like(out, 40.0), rtol=2e-3, atol=0)
 
 

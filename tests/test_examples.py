@@ -88,6 +88,7 @@ def test_cached_decoding_gives_the_logits_of_the_whole_sequence(models):
             cache = model.new_cache(2, 11)
             steps = [model(tokens[:, :5], cache)]
             steps += [model(tokens[:, at : at + 1], cache) for at in range(5, 11)]
+        # Float32 through the whole model, chunked and whole: sums in another order.
         torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-5)
 
 

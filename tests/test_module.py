@@ -274,6 +274,7 @@ def test_a_named_implementation_leaves_ops_it_lacks_to_auto(impl: Any) -> None:
     with torch.no_grad():  # cold prefill, absorbed step, warm prefill
         steps = [layer(part, cache=cache) for part in x.split([29, 1, 60], 1)]
         expected = layer(x)
+    # Float32 through three forms of the layer: sums in another order.
     torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
 
 

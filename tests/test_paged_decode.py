@@ -114,6 +114,7 @@ def same_wherever_it_lies(impl: Any, is_exact: bool, device: Any, **case: Any) -
                     assert torch.equal(mine, other), f"{name} of placement {i} has other bits"
                 else:
                     loss = 4 * torch.finfo(mine.dtype).eps
+                    # PyTorch's products may be rounded in another order beside other rows.
                     torch.testing.assert_close(mine, other, rtol=loss, atol=loss)
     # And they are right: the oracle is the plain code in float64 on the same stored rows.
     latent, k_rope = (x[None].double().cpu() for x in (rows[:, :C], rows[:, C:]))
@@ -203,6 +204,7 @@ def test_the_layer_gives_what_a_dense_cache_gives(codec, page_size, max_length, 
         caches = (batch, dense)
         outputs = [steps(cache, layers, seed, longest_chunk) for cache in caches]
         for actual, expected in zip(*outputs, strict=True):
+            # Float64: sums in another order.
             torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     pool.check()
 
@@ -230,6 +232,7 @@ def test_a_prompt_found_in_the_pool_decodes_as_if_it_had_been_computed(codec):
         dense = DenseLatentCache(SMALL, batch_size=1, **options)
         run(second[:8], dense)
         for tokens in (second[8:], [30], [31], [32, 33]):
+            # Float64: sums in another order.
             torch.testing.assert_close(run(tokens, batch), run(tokens, dense), rtol=1e-9, atol=1e-9)
     pool.check()
 

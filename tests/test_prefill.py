@@ -372,6 +372,7 @@ def test_out_dtype_and_autocast(dtype, out_dtype):
     for one, other in zip(plain, cast, strict=True):
         assert other.dtype == dtype
         largest = one.abs().max().item()
+        # Some roundings in the coarser of the two dtypes, of the largest value.
         torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=bound * largest)
 
 

@@ -142,6 +142,7 @@ def test_rotation_with_float32_tables_is_that_of_deepseek_v2(case, dtype):
     wanted = host_modeling("deepseek_v2").apply_rotary_emb(queries, keys, torch.complex(cos, sin))
     for x, y in zip((queries, keys), wanted, strict=True):
         found = rotate(x, cos.unsqueeze(1), sin.unsqueeze(1), "interleaved")
+        # Products and their sum are rounded in another order.
         torch.testing.assert_close(found, y, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 

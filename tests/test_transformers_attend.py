@@ -151,6 +151,7 @@ def test_latents_of_another_dtype_follow_the_queries() -> None:
     with torch.no_grad():
         out = run(low, None)
         assert out.dtype == torch.bfloat16
+        # Queries in bfloat16, 8 bits, against float64: right dtype and order of size only.
         torch.testing.assert_close(out.double(), run(inputs, None), rtol=0.1, atol=0.1)
 
 

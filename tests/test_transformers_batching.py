@@ -93,6 +93,7 @@ def test_log_probabilities() -> None:
         with torch.no_grad():
             logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
         chosen = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        # Transformers returns float32 log-probabilities.
         torch.testing.assert_close(torch.tensor(output.logprobs), chosen, rtol=1e-5, atol=1e-5)
 
 

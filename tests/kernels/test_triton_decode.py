@@ -165,6 +165,7 @@ def test_shards_merge_to_the_whole(case: DecodeCase, count: int) -> None:
     merged = merge_partials(
         torch.stack([p.out for p in parts]), torch.stack([p.lse for p in parts])
     )
+    # Float32: the parts are summed in another order than the whole.
     torch.testing.assert_close(merged.out, whole.out, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(merged.lse, whole.lse, rtol=1e-5, atol=1e-5)
 
