@@ -94,12 +94,21 @@ def test_coded_rows_are_shown_beside_the_plain_ones(tiny_demo, tmp_path, capsys)
     assert "with int4/64/16/1 rows" in text.strip().splitlines()[-1]
 
 
-def test_an_unknown_codec_is_one_line(tiny_demo, capsys):
+@pytest.mark.parametrize(
+    ("codec", "expected"),
+    [
+        ("int5", "has value 'int5', expected one of ('plain', 'fp8', 'int8', 'int4')"),
+        ("int4/7/16/1", "group has value 7, expected a power of two of at least 16"),
+        ("int8/128/4/0", "rope_bits has value 4, expected 8 or 16"),
+    ],
+)
+def test_a_wrong_codec_is_one_line(tiny_demo, capsys, codec, expected):
     arguments, _ = tiny_demo
     with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--codec", "int5"])
+        main([*arguments, "--codec", codec])
     assert stopped.value.code == 2
-    assert "has value 'int5', expected one of" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert expected in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", ["--model", "--calibration", "--evaluation"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mla.checks import UnsupportedError
-from mla.codec import CODECS, Codec, codec_from_spec
+from mla.codec import Codec, codec_from_spec
 
 
 def share(text: str) -> float:
@@ -38,8 +38,9 @@ def codec(text: str) -> Codec:
     """A codec with its defaults by kind, or ``kind/group/rope bits/rotated`` in full."""
     try:
         return codec_from_spec(text)
-    except UnsupportedError:
-        raise argparse.ArgumentTypeError(f"has value {text!r}, expected one of {CODECS}") from None
+    except UnsupportedError as error:
+        reason = str(error).partition(": ")[2]
+        raise argparse.ArgumentTypeError(f"has value {text!r}: {reason}") from None
 
 
 def _number(text: str) -> float:
