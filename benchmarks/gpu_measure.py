@@ -12,6 +12,7 @@ import csv
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -72,7 +73,10 @@ def _captured(run: Callable[[], Any]) -> Callable[[], Any]:
             run()
     except torch.cuda.OutOfMemoryError:
         raise
-    except RuntimeError:
+    except RuntimeError as error:
+        # PyTorch's prefill reads lengths on the host: it is timed with its launches, and said so.
+        reason = " ".join(str(error).split())[:200]
+        print(f"gpu: not captured, timed with its launches: {reason}", file=sys.stderr)
         torch.cuda.synchronize()
         return run
     return graph.replay
