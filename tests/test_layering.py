@@ -89,7 +89,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "kernels.eager": set(),
     "kernels.cpu": set(),
     "convert": {"rich", "safetensors", "transformers"},
-    "integrations": {"transformers"},
+    "integrations": {"transformers", "vllm"},
     "cli": {"rich"},
     "__main__": {"rich"},
 }
