@@ -336,14 +336,14 @@ MUTANTS: list[Mutant] = [
     ),
     Mutant(
         name="plan-forgets-the-absorbed-products",
-        file="mla/plan.py",
+        file="mla/plan/cost.py",
         original="fixed = query + D * (C + R) + H * C * (N + V) + H * V * D",
         broken="fixed = query + D * (C + R) + H * V * D",
         tests=(f"{PLAN}::test_multiply_adds_are_those_of_the_matrix_products",),
     ),
     Mutant(
         name="plan-absorbs-a-cold-prefill",
-        file="mla/plan.py",
+        file="mla/plan/cost.py",
         original="return L < T and L * (C * d + T * (2 * C - d)) < T * C * d",
         broken="return L * (C * d + T * (2 * C - d)) < T * C * d",
         tests=(f"{PLAN}::test_a_cold_prefill_never_absorbs_however_narrow_the_latent",),

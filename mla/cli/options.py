@@ -34,6 +34,26 @@ def temperature(text: str) -> float:
     return value
 
 
+def positives(text: str) -> list[int]:
+    """Integers of at least 1, separated by commas."""
+    return [positive(part) for part in text.split(",")]
+
+
+def context(text: str) -> int:
+    """A number of tokens; k and M are 1024 and 1024 * 1024 of them: ``128k`` is 131,072."""
+    factor = {"k": 2**10, "m": 2**20}.get(text[-1:].lower(), 1)
+    return positive(text[:-1] if factor > 1 else text) * factor
+
+
+def quantity(text: str) -> float:
+    """A number above 0; k, M, G, T and P are powers of 1000: ``3.35T``."""
+    factor = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}.get(text[-1:], 1.0)
+    value = _number(text[:-1] if factor > 1 else text) * factor
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"has value {text}, expected a finite number above 0")
+    return value
+
+
 def codec(text: str) -> Codec:
     """A codec with its defaults by kind, or ``kind/group/rope bits/rotated`` in full."""
     try:

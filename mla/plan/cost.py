@@ -119,3 +119,47 @@ def break_even_intensity(
     if one_bytes >= other_bytes:
         return None
     return 0.0 if one.per_key <= other.per_key else one.per_key / other_bytes
+
+
+def sequences_that_fit(memory: float, num_tokens: int, token_bytes: float) -> int:
+    """How many sequences of ``num_tokens`` a cache of ``memory`` bytes holds, whole ones.
+
+    Args:
+        memory: bytes that the cache may take.
+        num_tokens: of one sequence, at least 1.
+        token_bytes: cached for one token in all layers, see `bytes_per_token`.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    _require_positive("sequences_that_fit", num_tokens=num_tokens, token_bytes=token_bytes)
+    if memory < 0:
+        raise ValueError(f"sequences_that_fit: memory has value {memory}, expected at least 0")
+    return int(memory // (num_tokens * token_bytes))
+
+
+def cost_per_million_tokens(tokens_per_second: float, price_per_hour: float) -> float:
+    """Money for a million tokens, in the unit of the price.
+
+        price / 3600 / tokens per second * 10^6
+
+    Args:
+        tokens_per_second: of everything that the price pays for together.
+        price_per_hour: at least 0.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    _require_positive("cost_per_million_tokens", tokens_per_second=tokens_per_second)
+    if not 0 <= price_per_hour < float("inf"):
+        raise ValueError(
+            f"cost_per_million_tokens: price_per_hour has value {price_per_hour}, "
+            "expected a number of at least 0"
+        )
+    return price_per_hour / 3600 / tokens_per_second * 1e6
+
+
+def _require_positive(op: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{op}: {name} has value {value}, expected above 0")

@@ -1,0 +1,132 @@
+"""Measured shares of a device's limits, from the rows that the benchmarks leave as CSV.
+
+    share = bound / measured time
+
+of attention over cached rows, for the implementation that ``impl="auto"`` takes there. A GPU's
+bound is that of its data sheet. Rows of a processor carry their share of the register peak of the
+same run (column ``share``), which says nothing about attention that is bound by memory. Of the rows
+with the same number of heads, codec and dtype the nearest in B * S counts. There is no share where
+nothing like it was measured: then a prediction is the bound.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mla.config import MLAConfig
+from mla.plan.communication import heads_per_device
+from mla.plan.devices import Device
+from mla.plan.roofline import Group, Load, attention_work
+
+FILES = ("gpu_decode.csv", "cpu.csv")
+OURS = {"gpu_decode": "triton", "cpu": "cpp"}
+C, R = 512, 64  # of the benchmarks
+Row = Mapping[str, str]
+
+
+class Measured(NamedTuple):
+    """One measured call, and the share of its bound that it reached."""
+
+    benchmark: str
+    H: int
+    B: int
+    S: int
+    codec: str
+    dtype: str
+    share: float
+    device: str
+
+    def __str__(self) -> str:
+        return (
+            f"{OURS[self.benchmark]}, {self.codec}, {self.dtype}, H={self.H} B={self.B} "
+            f"S={self.S} on {self.device}"
+        )
+
+
+def default_folder() -> Path | None:
+    """Rows beside a checkout; None where the package is installed without them."""
+    folder = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+    return folder if folder.is_dir() else None
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of every known file of ``folder``, each with its ``benchmark``.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    found: list[Row] = []
+    for name in FILES:
+        path = folder / name
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                found += [{**row, "benchmark": path.stem} for row in csv.DictReader(file)]
+    return found
+
+
+def shares(rows: Iterable[Row], device: Device) -> list[Measured]:
+    """What the rows say about ``device``: those of its own kind, and of our kernels."""
+    found = []
+    for row in rows:
+        one = _of_processor(row) if device.pattern == "cpu" else _of_gpu(row, device)
+        if one is not None:
+            found.append(one)
+    return found
+
+
+def nearest(
+    measured: Sequence[Measured], config: MLAConfig, load: Load, group: Group, device: Device
+) -> Measured | None:
+    """The row that is most like the attention of one device of the group, None without any."""
+    if (config.kv_lora_rank, config.qk_rope_head_dim) != (C, R) or load.new_tokens != 1:
+        return None
+    by_memory = attention_work(config, load, group).limit(device) == "memory"
+    if device.pattern == "cpu" and by_memory:
+        return None
+    kind = "plain" if load.codec is None else load.codec.kind
+    wanted = (heads_per_device(config, group.tensor), kind, name_of(load.dtype))
+    work = load.batch * -(-load.context_length // group.context)
+    alike = [one for one in measured if (one.H, one.codec, one.dtype) == wanted]
+    return min(alike, key=lambda one: abs(math.log(one.B * one.S / work)), default=None)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``bfloat16``, as in the rows."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _of_processor(row: Row) -> Measured | None:
+    """A row of `benchmarks.bench_cpu`; coded rows are named instead of the implementation."""
+    codec = {"cpp": "plain", "int8": "int8", "int4": "int4"}.get(row.get("impl", ""))
+    if row["benchmark"] != "cpu" or codec is None or not row.get("share"):
+        return None
+    return Measured(
+        "cpu", *_sizes(row), codec, row["dtype"], float(row["share"]), _processor(row["device"])
+    )
+
+
+def _of_gpu(row: Row, device: Device) -> Measured | None:
+    """A row of `benchmarks.gpu_decode`, one query a sequence."""
+    is_ours = row["benchmark"] == "gpu_decode" and row.get("impl") == OURS["gpu_decode"]
+    is_here = bool(device.pattern) and device.pattern in row.get("device", "")
+    if not is_ours or not is_here or row.get("L") != "1" or not row.get("median_ms"):
+        return None
+    bound = max(
+        int(row["bytes"]) / device.bytes_per_second, int(row["flops"]) / device.flops_per_second
+    )
+    share = bound / (1e-3 * float(row["median_ms"]))
+    return Measured("gpu_decode", *_sizes(row), row["codec"], "bfloat16", share, row["device"])
+
+
+def _sizes(row: Row) -> tuple[int, int, int]:
+    return int(row["H"]), int(row["B"]), int(row["S"])
+
+
+def _processor(name: str) -> str:
+    return name.split(",", 1)[0]
