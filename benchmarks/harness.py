@@ -13,6 +13,7 @@ in the middle of a model.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,13 +73,20 @@ class Timing:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Percentiles with linear interpolation between the sorted values."""
+    """Percentiles with linear interpolation between the sorted values; NaN without values."""
+    if not values:
+        return Spread(*[float("nan")] * 3)
     at = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     return Spread(*torch.tensor(values, dtype=torch.float64).quantile(at).tolist())
 
 
 def paired_ratio(baseline: Sequence[float], values: Sequence[float]) -> float:
-    """Median over the rounds of baseline / value: how many times faster, load cancelled."""
+    """Median over the rounds of baseline / value: how many times faster, load cancelled.
+
+    NaN where one of them has no values.
+    """
+    if not baseline or not values:
+        return float("nan")
     return median(b / v for b, v in zip(baseline, values, strict=True))
 
 
@@ -139,6 +147,29 @@ def gate(
             raise GateError(f"{name} at {label(point)}: error {error:.1e}, allowed {budget:.1e}")
         if name == names[0]:
             budget = max(2 * error, tolerance / 2)
+
+
+OUT_OF_MEMORY = "out of memory"
+_MEMORY_WORDS = (
+    "out of memory",  # CUDA and HIP, when another library asks for the memory
+    "can't allocate memory",  # the CPU allocator
+    "not enough memory",  # the same on Windows
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a candidate failed for want of memory, host or device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(x in str(error) for x in _MEMORY_WORDS)
+
+
+def release_memory() -> None:
+    """After a failed allocation: drop what only a traceback held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def label(point: Point) -> str:

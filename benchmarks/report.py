@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import platform
 import subprocess
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -21,6 +22,7 @@ import mla
 ROOT = Path(__file__).resolve().parent.parent
 Value = int | float | str | None
 Row = Mapping[str, Value]
+HIDDEN = ("limit_ms", "bound", "status")  # for the files, unless a table needs them
 
 
 @lru_cache
@@ -28,6 +30,7 @@ def environment() -> dict[str, Value]:
     """What the numbers depend on besides the code."""
     return {
         "device": device_name(),
+        "driver": driver(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -47,6 +50,21 @@ def device_name() -> str:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def driver() -> str:
+    """Version of the accelerator's driver, ``none`` without one."""
+    if not torch.cuda.is_available():
+        return "none"
+    if torch.version.hip:
+        version_file = Path("/sys/module/amdgpu/version")
+        return version_file.read_text().strip() if version_file.is_file() else "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.split("\n", 1)[0].strip()
 
 
 def commit() -> str:
@@ -71,19 +89,39 @@ def _version(package: str) -> str:
         return "none"
 
 
-def write(name: str, rows: Sequence[Row], folder: Path) -> tuple[Path, Path]:
-    """``name.csv``, where every row carries the environment, and ``name.json``."""
+def with_environment(rows: Sequence[Row]) -> list[Row]:
+    """Every row with what it depends on; a row that an earlier run measured keeps its own."""
+    return [row if "commit" in row else {**row, **environment()} for row in rows]
+
+
+def write(
+    name: str, rows: Sequence[Row], folder: Path, more: Mapping[str, Any] | None = None
+) -> tuple[Path, Path]:
+    """``name.csv``, where every row carries the environment, and ``name.json``.
+
+    Both are replaced whole, so that a run that is killed leaves the rows so far.
+
+    Args:
+        more: further entries of the JSON document.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     csv_path, json_path = folder / f"{name}.csv", folder / f"{name}.json"
-    full = [{"benchmark": name, **row, **environment()} for row in rows]
+    full = [{"benchmark": name, **row} for row in with_environment(rows)]
     columns = list(dict.fromkeys(key for row in full for key in row))
-    with csv_path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(full)
-    document = {"benchmark": name, "environment": environment(), "rows": list(rows)}
-    json_path.write_text(json.dumps(document, indent=1) + "\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or ["benchmark"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(full)
+    document = {"benchmark": name, "environment": environment(), "rows": full, **(more or {})}
+    _replace(csv_path, text.getvalue())
+    _replace(json_path, json.dumps(document, indent=1) + "\n")
     return csv_path, json_path
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, newline="")
+    partial.replace(path)
 
 
 def terminal() -> Console:
@@ -93,11 +131,14 @@ def terminal() -> Console:
 
 
 def show(title: str, rows: Sequence[Row], hidden: Sequence[str], console: Console) -> None:
-    """Print the columns that are not hidden."""
-    columns = [key for key in dict.fromkeys(k for row in rows for k in row) if key not in hidden]
+    """Print the columns that are not hidden, and the status where a row has another than ``ok``."""
+    without = {*hidden, *HIDDEN, *environment()}
+    if any(row.get("status", "ok") != "ok" for row in rows):
+        without -= {"status"}
+    columns = [key for key in dict.fromkeys(k for row in rows for k in row) if key not in without]
     table = Table(title=title, title_justify="left")
     for column in columns:
-        is_text = all(isinstance(row.get(column), str) for row in rows)
+        is_text = all(isinstance(row.get(column, ""), str) for row in rows)
         justify: Literal["left", "right"] = "left" if is_text else "right"
         table.add_column(column.replace("_", " "), justify=justify, no_wrap=True)
     for row in rows:

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from rich.console import Console
+
+from benchmarks import ceilings
 from benchmarks.harness import GateError
-from benchmarks.report import terminal
-from benchmarks.sweep import Benchmark, options_from, parser, run
+from benchmarks.report import terminal, write
+from benchmarks.sweep import Benchmark, Count, Options, options_from, parser, run
 
 
 def all_benchmarks() -> dict[str, Benchmark]:
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench: failed: no benchmark {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
     options, console = options_from(parsed), terminal()
-    refused, count = 0, 0
+    refused, count = [], Count()
     for name, benchmark in benchmarks.items():
         if parsed.names and name not in parsed.names:
             continue
@@ -43,11 +46,38 @@ def main(argv: Sequence[str] | None = None) -> int:
             count += run(benchmark, options, console)
         except GateError as error:
             print(f"{name}: failed: {error}", file=sys.stderr)
-            refused += 1
-    if count == 0 and not refused:
-        print(f"bench: failed: no point has {' '.join(options.only)}", file=sys.stderr)
+            refused.append(name)
+    show_ceilings(options, console)
+    if refused:
+        print(f"bench: failed: wrong results in {', '.join(refused)}", file=sys.stderr)
+        return 1
+    if count.all == 0:
+        print(f"bench: failed: no point has {options.filters()}", file=sys.stderr)
         return 2
-    return 1 if refused else 0
+    console.print(f"bench: passed, {_summary(count)}; rows in {options.out}", soft_wrap=True)
+    return 0
+
+
+def show_ceilings(options: Options, console: Console) -> None:
+    """What the shares are of: to ``ceilings.csv`` and ``.json``, and in one line."""
+    found = ceilings.measured()
+    if found:
+        write(
+            "ceilings",
+            [{"ceiling": name, "per_second": x} for name, x in found.items()],
+            options.out,
+        )
+        values = ", ".join(f"{name} {x / 1e9:.0f}" for name, x in found.items())
+        console.print(f"ceilings, 1e9 bytes or flops a second: {values}", soft_wrap=True)
+
+
+def _summary(count: Count) -> str:
+    parts = [f"{count.measured} points measured"]
+    if count.kept:
+        parts.append(f"{count.kept} kept")
+    if count.failed:
+        parts.append(f"{count.failed} without enough memory")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

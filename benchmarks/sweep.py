@@ -6,25 +6,39 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import Tensor
 
+from benchmarks import ceilings
 from benchmarks.harness import (
+    OUT_OF_MEMORY,
     Candidate,
     GateError,
     Point,
     Timing,
     gate,
+    is_out_of_memory,
     label,
     measure,
     paired_ratio,
+    release_memory,
     spread,
 )
-from benchmarks.report import ROOT, Row, Value, show, terminal, write
+from benchmarks.report import ROOT, Row, Value, show, terminal
+from benchmarks.resume import Effort, Journal
 
 # Largest error of the baseline against the float64 oracle, relative to the largest value.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
@@ -32,17 +46,35 @@ TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 5e-3, "bfloat16": 3e
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line chose."""
+    """What the command line chose; ``measure`` is how a comparison times its candidates."""
 
     quick: bool = False
     only: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
     rounds: int = 21
     seconds: float = 60.0
     out: Path = ROOT / "out" / "bench"
+    fresh: bool = False
+    measure: Callable[..., dict[str, Timing]] = measure
 
-    def wants(self, point: Point) -> bool:
-        """Whether every ``key=value`` of ``--only`` is one of the point's."""
-        return set(self.only) <= set(label(point).split())
+    def wants(self, point: Point, name: str = "") -> bool:
+        """Whether a point of benchmark ``name`` passes the filters.
+
+        Every ``key=value`` of ``only`` is one of the point's. Of its plain words, if there are any,
+        one is the name or a value of the point. A point without dtype has none of those asked for.
+        """
+        pairs = {word for word in self.only if "=" in word}
+        words = set(self.only) - pairs
+        values = {name, *map(str, point.values())}
+        return (
+            pairs <= set(label(point).split())
+            and (not words or bool(words & values))
+            and (not self.dtypes or point.get("dtype") in self.dtypes)
+        )
+
+    def filters(self) -> str:
+        """As they were typed, for messages."""
+        return " ".join((*self.only, *self.dtypes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +88,7 @@ class Benchmark:
         rows_at: measures one point; calls its last argument whenever some progress was made.
         steps: how often it calls that for one point.
         hidden: columns for the files only.
+        reason_absent: why it cannot run here, or None.
     """
 
     name: str
@@ -64,6 +97,7 @@ class Benchmark:
     rows_at: Callable[[Point, Options, Callable[[], None]], list[Row]]
     steps: Callable[[Options], int] = lambda options: options.rounds
     hidden: tuple[str, ...] = ()
+    reason_absent: Callable[[], str | None] = lambda: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,39 +117,79 @@ class Comparison:
     def rows_at(
         self, point: Point, options: Options, on_round: Callable[[], None]
     ) -> list[dict[str, Value]]:
-        """Check, then time, all candidates of one point."""
-        candidates = {impl: self.setup(point, impl) for impl in self.impls}
+        """Check, then time, all candidates of one point; those without memory get no figures."""
+        candidates = self._ready(point)
         self._check(candidates, point)
-        timings = measure(
+        timings = options.measure(
             candidates, rounds=options.rounds, seconds=options.seconds, on_round=on_round
         )
-        baseline = timings[self.impls[0]]
-        return [
-            {**point, "impl": impl, **figures(timings[impl], baseline, candidate)}
-            for impl, candidate in candidates.items()
-        ]
+        baseline = timings.get(self.impls[0], Timing())
+        rows: list[dict[str, Value]] = []
+        for impl in self.impls:
+            status = "ok" if impl in timings else OUT_OF_MEMORY
+            found = figures(
+                timings.get(impl, Timing()), baseline, candidates.get(impl, _NO_CANDIDATE)
+            )
+            rows.append({**point, "impl": impl, "status": status, **found})
+        return rows
+
+    def _ready(self, point: Point) -> dict[str, Candidate]:
+        """The candidates that fit into memory."""
+        found = {}
+        for impl in self.impls:
+            candidate = _unless_out_of_memory(partial(self.setup, point, impl))
+            if candidate is not None:
+                found[impl] = candidate
+        return found
 
     def _check(self, candidates: dict[str, Candidate], point: Point) -> None:
-        results = {}
-        for impl, candidate in candidates.items():
+        """Hold the results against the oracle; drop candidates that run out of memory."""
+
+        def result_of(candidate: Candidate) -> list[Tensor]:
             candidate.before()
             result = candidate.run()
-            if result is not None:
-                results[impl] = result.clone()
+            copies = [] if result is None else [result.clone()]
             candidate.after()
+            return copies
+
+        results = {}
+        for impl, candidate in list(candidates.items()):
+            found = _unless_out_of_memory(partial(result_of, candidate))
+            if found is None:
+                del candidates[impl]
+            elif found:
+                results[impl] = found[0]
         if results:
             tolerance = TOLERANCES[str(point.get("dtype", "float32"))]
             gate(results, expected=self.expected(point), tolerance=tolerance, point=point)
 
 
+_NO_CANDIDATE = Candidate(run=lambda: None)
+T = TypeVar("T")
+
+
+def _unless_out_of_memory(call: Callable[[], T]) -> T | None:
+    """What ``call`` gives; None where memory does not suffice."""
+    try:
+        return call()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    release_memory()  # the traceback, which held tensors, has gone with the block above
+    return None
+
+
 def figures(timing: Timing, baseline: Timing, candidate: Candidate) -> dict[str, Value]:
-    """The columns of one timed candidate."""
-    wall = spread(timing.wall)
+    """The columns of one timed candidate; NaN where it, or what it is compared with, has no time.
+
+    NaN passes through the arithmetic of a benchmark's own columns; `run` writes it as nothing.
+    """
+    wall, cpu = spread(timing.wall), spread(timing.cpu)
     return {
         "median_ms": 1e3 * wall.median,
         "p20_ms": 1e3 * wall.p20,
         "p80_ms": 1e3 * wall.p80,
-        "cpu_ms": 1e3 * spread(timing.cpu).median,
+        "cpu_ms": 1e3 * cpu.median,
         "speedup": paired_ratio(baseline.wall, timing.wall),
         "cpu_speedup": paired_ratio(baseline.cpu, timing.cpu),
         "bytes": candidate.num_bytes,
@@ -124,18 +198,34 @@ def figures(timing: Timing, baseline: Timing, candidate: Candidate) -> dict[str,
     }
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every benchmark has; `mla.cli.bench` offers the same."""
     parser.add_argument("--quick", action="store_true", help="fewer points and rounds")
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="KEY=VALUE", help="points that have all of these"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="points that have all of these KEY=VALUE, or a name, or a value: decode S=8192",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", default=[], metavar="DTYPE", help="points in one of these: bf16"
     )
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (default: 2)")
     parser.add_argument("--rounds", type=int, help="turns of each candidate (21, quick: 9)")
     parser.add_argument("--out", type=Path, default=Options.out, help="folder for CSV and JSON")
-    return parser
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(found)
+    return found
 
 
 def options_from(arguments: argparse.Namespace) -> Options:
@@ -144,44 +234,109 @@ def options_from(arguments: argparse.Namespace) -> Options:
     return Options(
         quick=arguments.quick,
         only=tuple(arguments.only),
+        dtypes=tuple(DTYPE_NAMES.get(name, name) for name in arguments.dtype),
         rounds=arguments.rounds or (9 if arguments.quick else 21),
         seconds=20.0 if arguments.quick else 60.0,
         out=arguments.out,
+        fresh=arguments.fresh,
     )
 
 
-def run(benchmark: Benchmark, options: Options, console: Console) -> int:
-    """Measure every wanted point, print the table, write the files; how many points there were."""
-    points = [point for point in benchmark.points(options.quick) if options.wants(point)]
-    rows: list[Row] = []
+class Count(NamedTuple):
+    """Points of a run; ``kept`` are those that an earlier run had measured."""
+
+    measured: int = 0
+    kept: int = 0
+    failed: int = 0  # of ``measured``: rows without memory
+
+    def __add__(self, other: Count) -> Count:  # type: ignore[override]
+        return Count(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+    @property
+    def all(self) -> int:
+        return self.measured + self.kept
+
+
+def run(benchmark: Benchmark, options: Options, console: Console) -> Count:
+    """Measure every wanted point that no earlier run has, print the table, write the files.
+
+    Files are written after each point. A point that runs out of memory gets a row that says so.
+    """
+    name = benchmark.name
+    reason = benchmark.reason_absent()
+    points = [point for point in benchmark.points(options.quick) if options.wants(point, name)]
+    if reason is not None and points:
+        console.print(f"{name}: skipped: {reason}", soft_wrap=True)
+        return Count()
+    journal = Journal(name, options.out, Effort(options.quick, options.rounds), fresh=options.fresh)
+    missing = [point for point in points if journal.rows_of(point) is None]
+    kept = len(points) - len(missing)
+    if kept:
+        console.print(
+            f"{name}: {kept} of {len(points)} points are there from an earlier run of the same "
+            "code on this machine; --fresh measures them again",
+            soft_wrap=True,
+        )
+    failed = 0
+    with _progress() as progress:
+        task = progress.add_task(name, total=len(missing) * benchmark.steps(options))
+        for index, point in enumerate(missing):
+            progress.update(task, description=f"{name} {label(point)}")
+            rows = _rows_at(benchmark, point, options, lambda: progress.advance(task))
+            failed += any(row.get("status") == OUT_OF_MEMORY for row in rows)
+            journal.add(point, rows, ceilings.measured())
+            progress.update(task, completed=(index + 1) * benchmark.steps(options))
+    rows = [row for point in points for row in journal.rows_of(point) or ()]
+    if rows:
+        show(benchmark.title, rows, benchmark.hidden, console)
+        csv_path, json_path = journal.paths
+        console.print(f"{name}: {csv_path}, {json_path.name}", soft_wrap=True)
+    return Count(len(missing), kept, failed)
+
+
+def _progress() -> Progress:
+    """A bar with the time left, on standard error."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(benchmark.name, total=len(points) * benchmark.steps(options))
-        for index, point in enumerate(points):
-            progress.update(task, description=f"{benchmark.name} {label(point)}")
-            rows += benchmark.rows_at(point, options, lambda: progress.advance(task))
-            progress.update(task, completed=(index + 1) * benchmark.steps(options))
-    if rows:
-        show(benchmark.title, rows, benchmark.hidden, console)
-        csv_path, json_path = write(benchmark.name, rows, options.out)
-        console.print(f"{benchmark.name}: {csv_path}, {json_path.name}", soft_wrap=True)
-    return len(points)
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _rows_at(
+    benchmark: Benchmark, point: Point, options: Options, on_round: Callable[[], None]
+) -> list[Row]:
+    """Rows with their share of the limit, or one that says that memory did not suffice."""
+    rows = _unless_out_of_memory(lambda: benchmark.rows_at(point, options, on_round))
+    if rows is None:
+        return [{**point, "status": OUT_OF_MEMORY}]
+    return [_without_nan({**row, **ceilings.share_of_limit(row)}) for row in rows]
+
+
+def _without_nan(row: Row) -> Row:
+    return {
+        key: None if isinstance(value, float) and value != value else value
+        for key, value in row.items()
+    }
 
 
 def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> int:
     """The command line of one benchmark; the exit status."""
     options = options_from(parser(benchmark.title).parse_args(argv))
+    reason = benchmark.reason_absent()
+    if reason is not None:
+        print(f"{benchmark.name}: failed: {reason}", file=sys.stderr)
+        return 2
     try:
         count = run(benchmark, options, terminal())
     except GateError as error:
         print(f"{benchmark.name}: failed: {error}", file=sys.stderr)
         return 1
-    if count == 0:
-        print(f"{benchmark.name}: failed: no point has {' '.join(options.only)}", file=sys.stderr)
+    if count.all == 0:
+        print(f"{benchmark.name}: failed: no point has {options.filters()}", file=sys.stderr)
         return 2
     return 0

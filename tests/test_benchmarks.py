@@ -102,7 +102,8 @@ def test_rows_are_written_with_their_environment(tmp_path):
     csv_path, json_path = report.write("example", rows, tmp_path / "new")
     with csv_path.open() as file:
         table = list(csv.DictReader(file))
-    surroundings = ["device", "threads", "python", "torch", "triton", "transformers", "mla"]
+    versions = ["python", "torch", "triton", "transformers", "mla"]
+    surroundings = ["device", "driver", "threads", *versions]
     columns = ["benchmark", "S", "impl", "median_ms", *surroundings, "commit", "extra"]
     assert list(table[0]) == columns
     assert table[0]["median_ms"] == "1.5" and table[1]["median_ms"] == ""
