@@ -55,6 +55,7 @@ class Options:
     seconds: float = 60.0
     out: Path = ROOT / "out" / "bench"
     fresh: bool = False
+    price_per_hour: float | None = None
     measure: Callable[..., dict[str, Timing]] = measure
 
     def wants(self, point: Point, name: str = "") -> bool:
@@ -218,6 +219,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, help="turns of each candidate (21, quick: 9)")
     parser.add_argument("--out", type=Path, default=Options.out, help="folder for CSV and JSON")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
+    parser.add_argument(
+        "--price-per-hour", type=float, help="of this machine, for the cost of a token"
+    )
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -239,6 +243,7 @@ def options_from(arguments: argparse.Namespace) -> Options:
         seconds=20.0 if arguments.quick else 60.0,
         out=arguments.out,
         fresh=arguments.fresh,
+        price_per_hour=arguments.price_per_hour,
     )
 
 
