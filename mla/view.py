@@ -169,13 +169,8 @@ class CacheView:
         return all(place % 16 == 0 for place in [*strides, self.rows.storage_offset()])
 
     def _validate_shard(self) -> None:
-        index, count = self.shard
-        if not 0 <= index < count:
-            raise ShapeError(
-                f"CacheView: shard has value {self.shard}, expected (index, count) with "
-                "0 <= index < count"
-            )
-        if count > 1 and self.page_table is None:
+        check_shard("CacheView", self.shard)
+        if self.shard[1] > 1 and self.page_table is None:
             raise ShapeError(
                 f"CacheView: shard has value {self.shard}, expected (0, 1) for the dense layout"
             )
@@ -183,6 +178,15 @@ class CacheView:
             raise ShapeError(
                 f"CacheView: max_length has value {self.max_length}, expected 0 to {self.capacity}"
             )
+
+
+def check_shard(name: str, shard: tuple[int, int]) -> None:
+    """Require an (index, count) that exists."""
+    index, count = shard
+    if not 0 <= index < count:
+        raise ShapeError(
+            f"{name}: shard has value {shard}, expected (index, count) with 0 <= index < count"
+        )
 
 
 _LEAVES = ("rows", "page_table", "lengths", "starts", "max_length")

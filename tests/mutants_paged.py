@@ -139,8 +139,8 @@ _BREAKS = [
     (
         "paged-finds-the-whole-prompt",
         PAGED,
-        "for digest in prefix_digests(record.root, ids[:-1], self.page_size):",
-        "for digest in prefix_digests(record.root, ids, self.page_size):",
+        "for digest in prefix_digests(record.root, ids[:-1], self.span):",
+        "for digest in prefix_digests(record.root, ids, self.span):",
         (f"{FOUND}::test_a_prompt_finds_the_pages_of_the_same_tokens_and_leaves_one_to_compute",),
     ),
     (

@@ -41,6 +41,14 @@ def send(values: Sequence[int], target: Tensor) -> None:
     target.copy_(torch.tensor(values, dtype=torch.int32), non_blocking=True)
 
 
+def checked_dtype(name: str, dtype: torch.dtype | None) -> torch.dtype:
+    """``dtype`` or PyTorch's default, or ShapeError where rows cannot have it."""
+    dtype = dtype or torch.get_default_dtype()
+    if dtype not in FLOAT_DTYPES:
+        raise ShapeError(f"{name}: dtype has value {dtype}, expected float64 to bfloat16")
+    return dtype
+
+
 class LatentCache:
     """Lengths and reservations; a layout adds the storage.
 
@@ -69,11 +77,7 @@ class LatentCache:
         self.configs = tuple(configs)
         self.batch_size = batch_size
         self.codec = codec or PlainCodec()
-        self.dtype = dtype or torch.get_default_dtype()
-        if self.dtype not in FLOAT_DTYPES:
-            raise ShapeError(
-                f"{type(self).__name__}: dtype has value {self.dtype}, expected float64 to bfloat16"
-            )
+        self.dtype = checked_dtype(type(self).__name__, dtype)
         self.lengths = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.starts: Tensor | None = None
         self._new_lengths = torch.zeros_like(self.lengths)

@@ -53,7 +53,7 @@ class PagedBatch(LatentCache):
             )
         self.pool = pool
         self._longest = max_length
-        columns = 1 if max_length is None else -(-max_length // pool.page_size)
+        columns = 1 if max_length is None else -(-max_length // pool.span)
         self.page_table = torch.zeros(
             self.batch_size, columns, dtype=torch.int32, device=pool.device
         )
@@ -179,6 +179,7 @@ class PagedBatch(LatentCache):
             R=config.qk_rope_head_dim,
             codec=self.codec,
             max_length=self.max_length if self._longest is None else self._longest,
+            shard=self.pool.shard,
         )
 
     def reorder(self, indices: Sequence[int]) -> None:

@@ -13,13 +13,14 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from mla.cache.base import CacheFull
+from mla.cache.base import CacheFull, checked_dtype
 from mla.cache.batch import PagedBatch
 from mla.cache.pages import PageAllocator
 from mla.cache.prefix import CachedSequence, Step, checked_ids, prefix_digests, root_digest
-from mla.checks import FLOAT_DTYPES, ShapeError
+from mla.checks import ShapeError
 from mla.codec import Codec, PlainCodec
 from mla.config import MLAConfig
+from mla.view import check_shard
 
 
 class PagedLatentCache:
@@ -48,6 +49,8 @@ class PagedLatentCache:
         config: of all layers, or a sequence with one for each layer.
         num_pages: P, fixed; one page takes ``nbytes / P`` bytes.
         page_size: Z.
+        shard: (index, count) of a pool cut over the ranks of a group: each keeps every count-th
+            page of each sequence. Do the same on all ranks, whose books are then the same.
         num_layers: when one config serves all layers.
         codec: how rows are stored; None: plain values.
         scrub_on_free: zero the rows of a page, in all layers, when no sequence can come to them any
@@ -66,6 +69,7 @@ class PagedLatentCache:
         *,
         num_pages: int,
         page_size: int = 64,
+        shard: tuple[int, int] = (0, 1),
         num_layers: int = 1,
         codec: Codec | None = None,
         scrub_on_free: bool = False,
@@ -78,15 +82,11 @@ class PagedLatentCache:
                 f"PagedLatentCache: num_pages, page_size, layers have values {num_pages}, "
                 f"{page_size}, {len(configs)}, expected at least 1 of each and int32 page numbers"
             )
-        self.configs = tuple(configs)
-        self.codec = codec or PlainCodec()
-        self.dtype = dtype or torch.get_default_dtype()
-        if self.dtype not in FLOAT_DTYPES:
-            raise ShapeError(
-                f"PagedLatentCache: dtype has value {self.dtype}, expected float64 to bfloat16"
-            )
-        self.page_size = page_size
-        self.scrub_on_free = scrub_on_free
+        self.configs, self.codec = tuple(configs), codec or PlainCodec()
+        self.dtype = checked_dtype("PagedLatentCache", dtype)
+        check_shard("PagedLatentCache", shard)
+        self.page_size, self.shard, self.scrub_on_free = page_size, shard, scrub_on_free
+        self.span = page_size * shard[1]  # positions of a page of every shard: one column of tables
         self._rows = [
             torch.empty(
                 num_pages,
@@ -163,14 +163,14 @@ class PagedLatentCache:
         ids = [] if token_ids is None else checked_ids("PagedLatentCache.allocate", token_ids)
         self._settle()
         record = CachedSequence(root=root_digest(salt), token_ids=ids)
-        for digest in prefix_digests(record.root, ids[:-1], self.page_size):
+        for digest in prefix_digests(record.root, ids[:-1], self.span):
             page = self._pages.find(digest)
             if page is None:
                 break
             self._pages.share([page])
             record.pages.append(page)
             record.digests.append(digest)
-        record.length = record.written = len(record.pages) * self.page_size
+        record.length = record.written = len(record.pages) * self.span
         return self._register(record)
 
     def fork(self, sequence: int) -> int:
@@ -251,7 +251,7 @@ class PagedLatentCache:
         """
         references = [0] * self.num_pages
         for sequence, record in self._records.items():
-            record.check(sequence, self.page_size)
+            record.check(sequence, self.span)
             for page in record.pages:
                 references[page] += 1
             for page, digest in zip(record.pages, record.digests, strict=False):
@@ -297,8 +297,8 @@ class PagedLatentCache:
         self._forget_steps(lengths.keys())
         copies, first_columns = [], {}
         for record, length in lengths.items():
-            column, slot = divmod(record.length, self.page_size)
-            num_new = -(-length // self.page_size) - len(record.pages)
+            column, slot = divmod(record.length, self.span)
+            num_new = -(-length // self.span) - len(record.pages)
             if num_new > 0:
                 first_columns[record] = len(record.pages)
                 record.pages += [self._pages.take() for _ in range(num_new)]
@@ -318,7 +318,7 @@ class PagedLatentCache:
 
     def _pages_needed(self, lengths: Mapping[CachedSequence, int]) -> int:
         """Pages for the new positions, and for the copies of shared pages that are written."""
-        Z, needed = self.page_size, 0
+        Z, needed = self.span, 0
         writers: Counter[int] = Counter()
         for record, length in lengths.items():
             needed += -(-length // Z) - len(record.pages)
@@ -347,7 +347,7 @@ class PagedLatentCache:
         self._settle()
         self._forget_steps(lengths.keys())
         for record, length in lengths.items():
-            self._pages.release(record.cut(length, self.page_size))
+            self._pages.release(record.cut(length, self.span))
         self._scrub()
         self._announce({record: len(record.pages) for record in lengths})
 
@@ -394,6 +394,6 @@ class PagedLatentCache:
             self._steps = [step for step in self._steps if any(step.pending)]
         for record, begin, end in itertools.chain.from_iterable(step.spans for step in finished):
             record.finish(begin, end)
-            if record.has_new_digests(self.page_size):
-                for page, digest in record.new_digests(self.page_size):
+            if record.has_new_digests(self.span):
+                for page, digest in record.new_digests(self.span):
                     self._pages.publish(page, digest)

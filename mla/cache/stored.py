@@ -20,7 +20,7 @@ from mla.cache.base import CacheFull
 from mla.cache.dense import DenseLatentCache
 from mla.cache.paged import PagedLatentCache
 from mla.cache.prefix import CachedSequence
-from mla.checks import ShapeError
+from mla.checks import ShapeError, UnsupportedError
 
 
 class Run(NamedTuple):
@@ -116,7 +116,12 @@ def paged_state(pool: PagedLatentCache) -> Stored:
 
     Raises:
         ShapeError: a sequence has reserved positions that are not written.
+        UnsupportedError: the pool holds one shard of its sequences.
     """
+    if pool.shard != (0, 1):
+        raise UnsupportedError(
+            f"save_cache: pool has shard {pool.shard}, expected (0, 1); a shard alone is no cache"
+        )
     pool._settle()
     for sequence, record in pool._records.items():
         if record.written < record.length:
