@@ -18,7 +18,8 @@ from benchmarks.report import ROOT, Row
 from benchmarks.sweep import Benchmark, Options, main
 from mla import MLAConfig, PagedLatentCache
 from mla.codec import codec_from_spec
-from mla.plan import grouped_bytes_per_token
+from mla.plan import grouped_bytes_per_token, sequences_that_fit
+from mla.plan.models import config_layers, preset_layers
 
 MEMORY = 80 * 10**9
 SEQUENCE = 32768  # tokens
@@ -32,9 +33,8 @@ CONVERTED_CONFIG = ROOT / "out" / "demo" / "model" / "config.json"  # of make de
 def layers_of(model: str) -> list[MLAConfig]:
     """One config for each layer."""
     if model == DEEPSEEK:
-        return [MLAConfig.preset("deepseek-v3")] * 61
-    found = json.loads(CONVERTED_CONFIG.read_text(encoding="utf-8"))
-    return [MLAConfig.from_dict(layer) for layer in found["layers"]]
+        return list(preset_layers(DEEPSEEK))
+    return list(config_layers(json.loads(CONVERTED_CONFIG.read_text(encoding="utf-8"))))
 
 
 def grouped(model: str) -> int:
@@ -65,7 +65,9 @@ def bytes_of(model: str, rows: str) -> float:
 def rows_at(point: Point, options: Options, on_round: Callable[[], None]) -> list[Row]:
     size = bytes_of(str(point["model"]), str(point["rows"]))
     on_round()
-    return [{**point, "bytes_per_token": size, "sequences": int(MEMORY // (size * SEQUENCE))}]
+    return [
+        {**point, "bytes_per_token": size, "sequences": sequences_that_fit(MEMORY, SEQUENCE, size)}
+    ]
 
 
 BENCHMARK = Benchmark(

@@ -13,6 +13,11 @@ which changes values but no size. It is left out where the data is missing.
 
 All candidates take turns in one process. Caches are filled with random rows instead of a prefill;
 the token that a step appends is taken back outside the clock.
+
+``joules_per_token`` repeats the step of each candidate for some seconds between two readings of the
+machine's counters, after the timing; a line says why where there are none, and the column stays
+empty. ``cost_per_million_tokens`` follows from ``--price-per-hour`` and tokens_per_s. Both are of
+one sequence: a batch shares the reading of the weights.
 """
 
 from __future__ import annotations
@@ -26,7 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.energy import EnergyMeter, cost_columns, joules_per_token
 from benchmarks.harness import Candidate, Point
+from benchmarks.notes import skipped
 from benchmarks.report import ROOT, Row
 from benchmarks.sweep import Benchmark, Comparison, Options, main
 from mla.ops import supported_impls
@@ -157,9 +164,33 @@ def setup(point: Point, impl: str) -> Candidate:
 COMPARISON = Comparison(impls=IMPLS, setup=setup, expected=expected)
 
 
+def joules_of(point: Point, impl: str, meter: EnergyMeter, seconds: float) -> float | None:
+    """Of each token that ``impl`` makes; None, and a line, where the machine does not say."""
+    joules = None
+    if meter.is_able:
+        candidate = setup(point, impl)
+        joules = joules_per_token(
+            candidate.run, meter=meter, seconds=seconds, after=candidate.after
+        )
+    if meter.reason_absent is not None:
+        skipped("models", "joules_per_token", meter.reason_absent)
+    return joules
+
+
 def rows_at(point: Point, options: Options, on_round: Callable[[], None]) -> list[Row]:
-    rows = COMPARISON.rows_at(point, options, on_round)
-    return [{**row, "tokens_per_s": 1e3 / float(row["median_ms"] or 0)} for row in rows]
+    meter, seconds = EnergyMeter(), 1.0 if options.quick else 3.0
+    found: list[Row] = []
+    for row in COMPARISON.rows_at(point, options, on_round):
+        speed = 1e3 / float(row["median_ms"] or 0)
+        is_timed = speed == speed  # without memory there is no time
+        joules = joules_of(point, str(row["impl"]), meter, seconds) if is_timed else None
+        costs = cost_columns(
+            speed if is_timed else None,
+            joules_per_token=joules,
+            price_per_hour=options.price_per_hour,
+        )
+        found.append({**row, "tokens_per_s": speed, **costs})
+    return found
 
 
 BENCHMARK = Benchmark(

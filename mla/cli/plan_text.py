@@ -106,7 +106,7 @@ def _notes(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> list
         which = "Times" if len(without) == len(shown) else f"Times of {', '.join(without)}"
         lines.append(f"  {which} are the bound: nothing like them has been measured.")
     lines += [
-        f"  {_name(one)}: attention at the measured share of the bound, {row}."
+        f"  {_name(one)}: attention at the measured share {row}."
         for one in shown
         for row in one["measured_rows"]
     ]

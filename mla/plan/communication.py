@@ -1,10 +1,12 @@
 """Bytes that the devices of a group exchange, for one layer and one step.
 
     tensor parallel, forward     all-reduce of the layer's output [B, L, D]
-    context parallel, decode     all-gather of each rank's out [B, L, H, C] and lse [B, L, H],
-                                 both float32, merged by log-sum-exp on every rank
-    context parallel, prefill    all-gather (or a ring) of each rank's latents and rotated keys,
-                                 [B, S / context, C + R]
+    context parallel, decode     all-gather of each rank's out [B, L, H, W] and lse [B, L, H],
+                                 both float32, merged by log-sum-exp on every rank; W = V where
+                                 W_UV is applied before the merge, as the layer does, else W = C
+    context parallel, prefill    all-gather of each rank's latents and rotated keys,
+                                 [B, S / context, C + R]; the backward pass sends as much again,
+                                 in a reduce-scatter of their gradients
 
 `Traffic.payload` is what one device gives to the collective; `Traffic.sent` is what it sends when
 the collective runs as a ring over n devices:
@@ -15,10 +17,10 @@ the collective runs as a ring over n devices:
 Heads are sharded over the tensor parallel devices, so the partial results that are merged have
 H / tensor heads. The latent cache is replicated over them, so every one of them exchanges the whole
 latents in prefill. One device alone exchanges nothing. Counts are of attention: the all-reduce of
-an MLP and the exchange of experts come on top. The backward pass is not in here.
+an MLP and the exchange of experts come on top.
 
-Dims: B batch, L new tokens of a sequence, S tokens of a prompt, D model width, H heads, C latent
-and R rotated width.
+Dims: B batch, L new tokens of a sequence, S tokens of a prompt, D model width, H heads, C latent,
+R rotated and V value width.
 Source of the ring's counts: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, JPDC 2009.
 """
 
@@ -105,9 +107,15 @@ def tensor_parallel_bytes(
 
 
 def context_parallel_decode_bytes(
-    config: MLAConfig, *, batch: int, context: int, tensor: int = 1, new_tokens: int = 1
+    config: MLAConfig,
+    *,
+    batch: int,
+    context: int,
+    tensor: int = 1,
+    new_tokens: int = 1,
+    width: int | None = None,
 ) -> Traffic:
-    """All-gather of the partial results of one layer: H / tensor heads, C + 1 float32 numbers each.
+    """All-gather of the partial results of one layer: H / tensor heads, W + 1 float32 numbers each.
 
     Args:
         config: of the layer.
@@ -115,14 +123,15 @@ def context_parallel_decode_bytes(
         context: devices that share the cached tokens.
         tensor: devices that share the heads.
         new_tokens: L, at least 1.
+        width: W; None: V, what the layer sends.
 
     Raises:
         ShapeError: a size is below 1, or the heads do not divide.
     """
-    _require_sizes(
-        "context_parallel_decode_bytes", batch=batch, context=context, new_tokens=new_tokens
-    )
-    numbers = heads_per_device(config, tensor) * (config.kv_lora_rank + 1)
+    width = config.v_head_dim if width is None else width
+    sizes = {"batch": batch, "context": context, "new_tokens": new_tokens, "width": width}
+    _require_sizes("context_parallel_decode_bytes", **sizes)
+    numbers = heads_per_device(config, tensor) * (width + 1)
     return ring_all_gather(batch * new_tokens * numbers * PARTIAL.itemsize, context)
 
 
@@ -139,7 +148,7 @@ def context_parallel_prefill_bytes(
     Args:
         config: of the layer.
         batch: B, at least 1.
-        num_tokens: S, at least 1; where it does not divide, the largest share counts.
+        num_tokens: S, at least 1; padded until each device has two chunks of one size.
         context: devices that share the prompt.
         dtype: of the latents, which are exchanged before they are coded.
 
@@ -149,7 +158,7 @@ def context_parallel_prefill_bytes(
     _require_sizes(
         "context_parallel_prefill_bytes", batch=batch, num_tokens=num_tokens, context=context
     )
-    share = -(-num_tokens // context)
+    share = num_tokens if context == 1 else 2 * -(-num_tokens // (2 * context))
     return ring_all_gather(batch * share * config.cache_width * dtype.itemsize, context)
 
 

@@ -85,7 +85,8 @@ DEVICES: dict[str, Device] = {
 }
 
 # Devices whose limits the user gives: of any kind, or of a processor, whose rows `measured` reads.
-GIVEN = ("custom", "cpu")
+PROCESSOR = "cpu"
+GIVEN = ("custom", PROCESSOR)
 
 
 def device_of(name: str) -> Device:
@@ -132,7 +133,7 @@ def given_device(
         if not 0 < value < math.inf:
             raise ValueError(f"given_device: {key} has value {value}, expected above 0 and finite")
     link_of(link)
-    pattern = "cpu" if name == "cpu" else ""
+    pattern = PROCESSOR if name == PROCESSOR else ""
     limits = (memory, bytes_per_second, flops_per_second)
     return Device(name, *limits, link, node, "as given", pattern)
 

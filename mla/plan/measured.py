@@ -3,10 +3,10 @@
     share = bound / measured time
 
 of attention over cached rows, for the implementation that ``impl="auto"`` takes there. A GPU's
-bound is that of its data sheet. Rows of a processor carry their share of the register peak of the
-same run (column ``share``), which says nothing about attention that is bound by memory. Of the rows
-with the same number of heads, codec and dtype the nearest in B * S counts. There is no share where
-nothing like it was measured: then a prediction is the bound.
+bound is that of its data sheet. Rows of a processor carry their share of the limits that were
+measured in the same run (column ``of_limit``, and ``bound``), or of its register peak alone (column
+``share``). Of the rows with the same number of heads, codec, dtype and bound the nearest in B * S
+counts. There is no share where nothing like it was measured: then a prediction is the bound.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 
 from mla.config import MLAConfig
 from mla.plan.communication import heads_per_device
-from mla.plan.devices import Device
-from mla.plan.roofline import Group, Load, attention_work
+from mla.plan.devices import PROCESSOR, Device
+from mla.plan.roofline import Group, Load, Work, attention_work
 
-FILES = ("gpu_decode.csv", "cpu.csv")
-OURS = {"gpu_decode": "triton", "cpu": "cpp"}
+FILES = ("gpu_decode.csv", "decode.csv", "cpu.csv")
+OURS = {"gpu_decode": "triton", "decode": "cpp", "cpu": "cpp"}
 C, R = 512, 64  # of the benchmarks
 Row = Mapping[str, str]
 
@@ -40,10 +40,18 @@ class Measured(NamedTuple):
     codec: str
     dtype: str
     share: float
+    bound: str  # "memory" | "arithmetic"
+    seconds: float
     device: str
+
+    @property
+    def kind(self) -> tuple[int, str, str, str]:
+        """What two calls must have in common to be compared."""
+        return self.H, self.codec, self.dtype, self.bound
 
     def __str__(self) -> str:
         return (
+            f"{self.share:.2f} of {self.bound}: "
             f"{OURS[self.benchmark]}, {self.codec}, {self.dtype}, H={self.H} B={self.B} "
             f"S={self.S} on {self.device}"
         )
@@ -74,7 +82,7 @@ def shares(rows: Iterable[Row], device: Device) -> list[Measured]:
     """What the rows say about ``device``: those of its own kind, and of our kernels."""
     found = []
     for row in rows:
-        one = _of_processor(row) if device.pattern == "cpu" else _of_gpu(row, device)
+        one = _of_processor(row) if device.pattern == PROCESSOR else _of_gpu(row, device)
         if one is not None:
             found.append(one)
     return found
@@ -86,14 +94,16 @@ def nearest(
     """The row that is most like the attention of one device of the group, None without any."""
     if (config.kv_lora_rank, config.qk_rope_head_dim) != (C, R) or load.new_tokens != 1:
         return None
-    by_memory = attention_work(config, load, group).limit(device) == "memory"
-    if device.pattern == "cpu" and by_memory:
-        return None
     kind = "plain" if load.codec is None else load.codec.kind
-    wanted = (heads_per_device(config, group.tensor), kind, name_of(load.dtype))
-    work = load.batch * -(-load.context_length // group.context)
-    alike = [one for one in measured if (one.H, one.codec, one.dtype) == wanted]
-    return min(alike, key=lambda one: abs(math.log(one.B * one.S / work)), default=None)
+    limit = attention_work(config, load, group).limit(device)
+    wanted = (heads_per_device(config, group.tensor), kind, name_of(load.dtype), limit)
+    alike = [one for one in measured if one.kind == wanted]
+    return closest(alike, load.batch * -(-load.context_length // group.context))
+
+
+def closest(measured: Sequence[Measured], num_rows: int) -> Measured | None:
+    """The one whose B * S is nearest to ``num_rows``, as a ratio."""
+    return min(measured, key=lambda one: abs(math.log(one.B * one.S / num_rows)), default=None)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -102,12 +112,30 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def _of_processor(row: Row) -> Measured | None:
-    """A row of `benchmarks.bench_cpu`; coded rows are named instead of the implementation."""
-    codec = {"cpp": "plain", "int8": "int8", "int4": "int4"}.get(row.get("impl", ""))
-    if row["benchmark"] != "cpu" or codec is None or not row.get("share"):
+    """A row of `benchmarks.bench_decode` or `benchmarks.bench_cpu`.
+
+    The latter names coded rows in place of the implementation.
+    """
+    impl, benchmark = row.get("impl", ""), row["benchmark"]
+    if benchmark == "cpu":
+        codec = {"cpp": "plain", "int8": "int8", "int4": "int4"}.get(impl, "")
+    else:
+        is_ours = benchmark == "decode" and impl == "cpp"
+        codec = row["codec"] if is_ours and (row["L"], row["Z"]) == ("1", "0") else ""
+    share = row.get("of_limit") or row.get("share")
+    if not codec or not share or not row.get("cpu_ms"):
         return None
+    bound = row["bound"] if row.get("of_limit") else "arithmetic"
+    device = f"{row['device']}, {row['threads']} threads"
     return Measured(
-        "cpu", *_sizes(row), codec, row["dtype"], float(row["share"]), _processor(row["device"])
+        benchmark,
+        *_sizes(row),
+        codec=codec,
+        dtype=row["dtype"],
+        share=float(share),
+        bound=bound,
+        seconds=1e-3 * float(row["cpu_ms"]),
+        device=device,
     )
 
 
@@ -117,16 +145,19 @@ def _of_gpu(row: Row, device: Device) -> Measured | None:
     is_here = bool(device.pattern) and device.pattern in row.get("device", "")
     if not is_ours or not is_here or row.get("L") != "1" or not row.get("median_ms"):
         return None
-    bound = max(
-        int(row["bytes"]) / device.bytes_per_second, int(row["flops"]) / device.flops_per_second
+    work = Work(int(row["bytes"]), int(row["flops"]))
+    seconds = 1e-3 * float(row["median_ms"])
+    return Measured(
+        "gpu_decode",
+        *_sizes(row),
+        codec=row["codec"],
+        dtype="bfloat16",
+        share=work.seconds(device) / seconds,
+        bound=work.limit(device),
+        seconds=seconds,
+        device=row["device"],
     )
-    share = bound / (1e-3 * float(row["median_ms"]))
-    return Measured("gpu_decode", *_sizes(row), row["codec"], "bfloat16", share, row["device"])
 
 
 def _sizes(row: Row) -> tuple[int, int, int]:
     return int(row["H"]), int(row["B"]), int(row["S"])
-
-
-def _processor(name: str) -> str:
-    return name.split(",", 1)[0]
