@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from mla.checks import ShapeError
@@ -32,19 +33,49 @@ class Choice(NamedTuple):
     lost_energy: float
 
 
-def choose_rotated(components: KeyComponents, rotation: Tensor, rope_dim: int) -> Choice:
+def rotation_losses(components: KeyComponents, rotation: Tensor) -> Tensor:
+    """``[J]``: what each component loses without its rotation.
+
+    Args:
+        components: of the layer's keys.
+        rotation: mu, complex ``[d/2]``.
+    """
+    spread = (1.0 - rotation.abs().square()).clamp_min(0.0)  # rounding may take it below 0
+    loss = components.energy * spread[components.frequency]
+    return loss
+
+
+def choose_rotated(
+    components: KeyComponents,
+    rotation: Tensor,
+    rope_dim: int,
+    frequencies: Sequence[int] | None = None,
+) -> Choice:
     """Keep the rotation of the ``rope_dim / 2`` components that lose most without it.
 
     Args:
         components: of the layer's keys.
         rotation: mu, complex ``[d/2]``.
         rope_dim: R.
+        frequencies: the pairs l to keep, R/2 of them with repeats; the choice is then which
+            components of each.
     """
-    spread = (1.0 - rotation.abs().square()).clamp_min(0.0)  # rounding may take it below 0
-    loss = components.energy * spread[components.frequency]
+    loss = rotation_losses(components, rotation)
     order = loss.argsort(descending=True, stable=True)
+    if frequencies is not None:
+        order = _listed_first(order, components.frequency, frequencies)
     kept, dropped = order[: rope_dim // 2], order[rope_dim // 2 :]
     return Choice(kept.sort().values, dropped.sort().values, float(loss[dropped].sum()))
+
+
+def _listed_first(order: Tensor, frequency: Tensor, listed: Sequence[int]) -> Tensor:
+    """``order`` with as many components of each frequency in front as are ``listed``."""
+    wanted = torch.bincount(torch.tensor(listed, dtype=torch.int64), minlength=len(order))
+    is_kept = torch.zeros_like(order, dtype=torch.bool)
+    for index, component in enumerate(order.tolist()):
+        is_kept[index] = wanted[frequency[component]] > 0
+        wanted[frequency[component]] -= 1
+    return torch.cat([order[is_kept], order[~is_kept]])
 
 
 def split_candidates(
@@ -72,6 +103,24 @@ def split_candidates(
             f"gqa_to_mla: kv_budget has value {kv_budget}, expected room for a rotated pair"
         )
     return sizes
+
+
+def check_frequencies(
+    listed: Sequence[int], sizes: Sequence[tuple[int, int]], num_kv_heads: int, head_dim: int
+) -> None:
+    """Refuse a list that is not R/2 long for the one (R, C), or that no layer can give."""
+    rope_dims = [R for R, _ in sizes]
+    if rope_dims != [2 * len(listed)]:
+        raise ShapeError(
+            f"gqa_to_mla: rotated_frequencies has {len(listed)} values, expected R/2 of one "
+            f"kv_budget (R, C), got R in {rope_dims}"
+        )
+    most = max((listed.count(index) for index in set(listed)), default=0)
+    if most > num_kv_heads or not set(listed) <= set(range(head_dim // 2)):
+        raise ShapeError(
+            f"gqa_to_mla: rotated_frequencies has values {sorted(set(listed))}, {most} times at "
+            f"most, expected 0 to {head_dim // 2 - 1}, each at most {num_kv_heads} times"
+        )
 
 
 def _budget_sizes(fraction: float, num_kv_heads: int, head_dim: int) -> list[tuple[int, int]]:

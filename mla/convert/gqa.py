@@ -16,13 +16,20 @@ unrotated width; V = d.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mla.config import MLAConfig, RopeConfig
-from mla.convert.choose import Choice, best_split, choose_rotated, split_candidates
+from mla.convert.choose import (
+    Choice,
+    best_split,
+    check_frequencies,
+    choose_rotated,
+    split_candidates,
+)
 from mla.convert.complexes import as_complex, as_real, mean_rotation, real_matrix
 from mla.convert.latent import Latent, Metric, joint_latent, key_metric, metric_of, value_metric
 from mla.convert.rotate import KeyComponents, dropped_back, kept_query, rotate_keys
@@ -78,6 +85,7 @@ def gqa_to_mla(
     inv_freq: Tensor,
     softmax_scale: float | None = None,
     kv_budget: float | tuple[int, int] = 0.75,
+    rotated_frequencies: Sequence[int] | None = None,
 ) -> ConvertedLayer:
     """Convert one attention layer; the input tensors are read only.
 
@@ -89,6 +97,8 @@ def gqa_to_mla(
         softmax_scale: of the original scores, None: ``1 / sqrt(d)``.
         kv_budget: share of the 2*G*d cached numbers to keep, the split between rope and latent
             being the one with the smallest estimated error; or (R, C).
+        rotated_frequencies: R/2 indices of original pairs, at most G times each; None: chosen for
+            this layer. Needs ``kv_budget`` (R, C).
 
     Returns:
         Config, weights under the layer's own names, and what it costs.
@@ -101,8 +111,10 @@ def gqa_to_mla(
     check_statistics(heads, moments, inv_freq)
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     sizes = split_candidates(kv_budget, num_kv_heads, head_dim)
+    if rotated_frequencies is not None:
+        check_frequencies(rotated_frequencies, sizes, num_kv_heads, head_dim)
 
-    gains = _score_gains(heads, moments.keys, scale)
+    gains = score_gains(heads, moments.keys, scale)
     components = rotate_keys(heads.query, heads.key, moments.queries, moments.keys, gains)
     rotation = mean_rotation(inv_freq.cpu(), moments.distances.cpu())
     unrotated_query = as_real(as_complex(heads.query) * rotation[:, None])
@@ -110,7 +122,7 @@ def gqa_to_mla(
     value_weight = metric_of(value_cost)
 
     def fit(rope_dim: int, latent_dim: int) -> _Fit:
-        choice = choose_rotated(components, rotation, rope_dim)
+        choice = choose_rotated(components, rotation, rope_dim, rotated_frequencies)
         back = real_matrix(dropped_back(components, choice.dropped, head_dim // 2))
         keys = as_real(components.maps[choice.dropped])
         key_cost = key_metric(back, unrotated_query, moments.queries, gains)
@@ -127,7 +139,7 @@ def gqa_to_mla(
     return ConvertedLayer(config, state_dict, report)
 
 
-def _score_gains(heads: AffineHeads, moment: Tensor, scale: float) -> Tensor:
+def score_gains(heads: AffineHeads, moment: Tensor, scale: float) -> Tensor:
     """``[H]``: what a squared error of a head's (unscaled) scores does to the squared output.
 
     An error of one score moves its head's output towards or away from that value, so the spread of
