@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,19 +61,41 @@ def save_checkpoint(
     Raises:
         ValueError: ``path`` is taken; it is left as it is.
     """
-    path = Path(path)
-    _check_target(path, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with whole_folder(
+        path, "save_checkpoint", overwrite=overwrite, recognise=_recognise
+    ) as unfinished:
         if write_extra is not None:
             write_extra(unfinished)
         tensors = {name: x.detach().cpu().contiguous() for name, x in checkpoint.tensors.items()}
         save_file(tensors, unfinished / WEIGHTS_FILE, metadata={"format": "pt"})
         text = json.dumps(_config_values(checkpoint), indent=1) + "\n"
         (unfinished / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_folder(
+    path: Path | str, op: str, *, overwrite: bool, recognise: Callable[[Path], object]
+) -> Iterator[Path]:
+    """An unfinished folder to write into; it takes the name ``path`` if nothing went wrong.
+
+    Args:
+        path: a folder that does not exist or is empty.
+        op: named by errors.
+        overwrite: replace what ``recognise`` accepts.
+        recognise: raises ValueError for a folder that is not to be replaced.
+
+    Raises:
+        ValueError: ``path`` is taken; it is left as it is.
+    """
+    path = Path(path)
+    check_folder(path, op, overwrite, recognise)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield unfinished
         unfinished.chmod(0o755)  # mkdtemp and safetensors hide what they write from others
-        (unfinished / WEIGHTS_FILE).chmod(0o644)
+        for file in unfinished.glob("*.safetensors"):
+            file.chmod(0o644)
         _move_into_place(unfinished, path)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -114,18 +137,23 @@ def _config_values(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
+def check_folder(path: Path, op: str, overwrite: bool, recognise: Callable[[Path], object]) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if overwrite and path.is_dir():
         try:
-            _read_config(path)
+            recognise(path)
             return
-        except ValueError:
+        except (ValueError, OSError):
             fact, advice = "something else than a converted model", "choose another folder"
     else:
         fact, advice = "something in it already", "overwrite=True replaces a converted model"
-    raise ValueError(f"save_checkpoint: {path} has {fact}, expected an empty folder; {advice}")
+    raise ValueError(f"{op}: {path} has {fact}, expected an empty folder; {advice}")
+
+
+def _recognise(path: Path) -> None:
+    """Raise ValueError if ``path`` holds no converted model."""
+    _read_config(path)
 
 
 def _move_into_place(finished: Path, path: Path) -> None:
