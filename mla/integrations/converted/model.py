@@ -9,7 +9,7 @@ Everything but the attention is the original's: the converted model shares those
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from mla.convert import FitReport, gqa_to_mla
 from mla.convert.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mla.convert.deepseek import shared_layout
 from mla.integrations.converted.calibrate import Progress, calibrate
 from mla.integrations.converted.hosts import (
     MODEL_TYPES,
@@ -27,6 +28,8 @@ from mla.integrations.converted.hosts import (
 )
 from mla.integrations.converted.layer import ConvertedAttention
 from mla.integrations.transformers import replace_attention
+
+Layout = Literal["free", "deepseek_v3"]
 
 
 class Conversion(NamedTuple):
@@ -41,7 +44,9 @@ def convert_model(
     windows: Tensor,
     *,
     kv_budget: float | tuple[int, int] = 0.75,
+    layout: Layout = "free",
     calibrate_progress: Progress | None = None,
+    layout_progress: Progress | None = None,
     convert_progress: Progress | None = None,
 ) -> Conversion:
     """Convert all attention layers of a Llama-type model, without training.
@@ -53,7 +58,10 @@ def convert_model(
         model: a causal language model of transformers (Llama, Mistral, Qwen2).
         windows: ``[W, T]`` token ids of text like that to be read, see `calibrate`.
         kv_budget: share of the cached numbers to keep, or (R, C) for every layer.
+        layout: "free": sizes and frequencies of each layer's own; "deepseek_v3": those that
+            `export_deepseek_v3` can write, the same in all layers.
         calibrate_progress: called after each window.
+        layout_progress: called after each fit of a layer while a common layout is sought.
         convert_progress: called after each layer.
 
     Returns:
@@ -64,22 +72,34 @@ def convert_model(
         ShapeError, ValueError: ``windows`` or ``kv_budget`` does not fit.
     """
     host = read_host(model)
+    if layout not in get_args(Layout):
+        raise ValueError(
+            f"convert_model: layout has value {layout!r}, expected one of {list(get_args(Layout))}"
+        )
     all_moments = calibrate(model, windows, progress=calibrate_progress)
+    layers = [
+        (attention_weights(layer.self_attn), moments)
+        for layer, moments in zip(decoder_layers(model), all_moments, strict=True)
+    ]
+    shape: dict[str, Any] = {
+        "num_heads": host.num_heads,
+        "num_kv_heads": host.num_kv_heads,
+        "head_dim": host.head_dim,
+        "inv_freq": host.inv_freq,
+        "softmax_scale": host.softmax_scale,
+    }
+    frequencies = None
+    if layout == "deepseek_v3":
+        shared = shared_layout(layers, kv_budget=kv_budget, progress=layout_progress, **shape)
+        kv_budget, frequencies = shared.sizes, shared.rotated_frequencies
     names = {id(module): name for name, module in model.named_modules()}
-    tensors = _stored_tensors(model)
+    tensors = stored_tensors(model)
     configs, reports = [], []
-    for done, (layer, moments) in enumerate(
-        zip(decoder_layers(model), all_moments, strict=True), start=1
+    for done, (layer, (weights, moments)) in enumerate(
+        zip(decoder_layers(model), layers, strict=True), start=1
     ):
         converted = gqa_to_mla(
-            attention_weights(layer.self_attn),
-            moments,
-            num_heads=host.num_heads,
-            num_kv_heads=host.num_kv_heads,
-            head_dim=host.head_dim,
-            inv_freq=host.inv_freq,
-            softmax_scale=host.softmax_scale,
-            kv_budget=kv_budget,
+            weights, moments, kv_budget=kv_budget, rotated_frequencies=frequencies, **shape
         )
         prefix = names[id(layer.self_attn)] + "."
         tensors = {name: x for name, x in tensors.items() if not name.startswith(prefix)}
@@ -119,7 +139,7 @@ def save_converted(
         generation_config=model.generation_config.to_dict(),
         layers=tuple(attention.mla.config for attention in attentions),
         reports=conversion.reports,
-        tensors=_stored_tensors(model),
+        tensors=stored_tensors(model),
     )
     extra = None if tokenizer is None else tokenizer.save_pretrained
     save_checkpoint(path, checkpoint, overwrite=overwrite, write_extra=extra)
@@ -167,7 +187,7 @@ def build_model(checkpoint: Checkpoint, op: str = "build_model") -> Any:
                     f"expected {config.hidden_size} as the host has"
                 )
             layer.self_attn = ConvertedAttention(config, checkpoint.layers[index], index)
-    _check_tensors(model, checkpoint.tensors, op)
+    check_tensors(model, checkpoint.tensors, op)
     rotary = model.base_model.rotary_emb
     model.base_model.rotary_emb = type(rotary)(config)  # its buffers are not in any file
     model.load_state_dict(checkpoint.tensors, strict=False, assign=True)
@@ -198,16 +218,16 @@ def _host_config(model: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ("dtype", "auto_map")}
 
 
-def _stored_tensors(model: Any) -> dict[str, Tensor]:
+def stored_tensors(model: Any) -> dict[str, Tensor]:
     """Parameters by name, detached; of several names of one tensor the first only."""
     tied = {name for name, _ in model.named_parameters()}
     return {name: x.detach() for name, x in model.state_dict().items() if name in tied}
 
 
-def _check_tensors(model: Any, tensors: dict[str, Tensor], op: str) -> None:
+def check_tensors(model: Any, tensors: dict[str, Tensor], op: str) -> None:
     """Compare with the parameters that the model needs, tied ones counted once."""
     model.tie_weights()
-    expected = _stored_tensors(model)
+    expected = stored_tensors(model)
     missing, extra = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
     if missing or extra:
         raise ValueError(
