@@ -97,22 +97,56 @@ def _per_head_weight_first(x_BLHI: Tensor, weight_HOI: Tensor) -> Tensor:
 def effective_weight(kv_b_proj: nn.Module) -> Tensor:
     """The matrix that ``kv_b_proj`` multiplies with at this moment.
 
-    A plain linear layer gives its own parameter, DTensors included. A LoRA layer of peft gives
+    A plain linear layer gives its own parameter. A LoRA layer of peft gives
     ``base + sum of scaling * B @ A`` over its active adapters, in the dtype of the base, and the
-    base where adapters are merged or disabled. Gradients reach every part; nothing is changed.
+    base where adapters are merged or disabled. Where heads are sharded over processes
+    (`mla.parallel.shard_heads`), these are the rows of the heads that this process has; training
+    takes `expansion`. Gradients reach every part; nothing is changed.
 
     Returns:
         ``[H*(N+V), C]``.
 
     Raises:
-        UnsupportedError: the layer has a bias, is quantised or offloaded, or is of a kind that is
-            not known to multiply with one matrix.
+        UnsupportedError: the layer has a bias, is quantised or offloaded, is sharded otherwise than
+            by heads, or is of a kind that is not known to multiply with one matrix.
     """
     if _is_peft(kv_b_proj, "tuners.lora.layer", "Linear"):
         return _lora_weight(kv_b_proj)
     if _is_peft(kv_b_proj, "utils.other", "ModulesToSaveWrapper"):
         return effective_weight(_saved_module(kv_b_proj))
     return _linear_weight(kv_b_proj)
+
+
+class Expansion(NamedTuple):
+    """What keys and values are made of."""
+
+    weight: Tensor
+    latent: Tensor
+
+
+def expansion(kv_b_proj: nn.Module, latent: Tensor) -> Expansion:
+    """`effective_weight` and the latent to multiply it with, so that gradients are whole.
+
+    Where heads are sharded, each process gets the gradient of the latent through its own heads;
+    the backward pass sums them over the processes, as the forward of a column-wise sharded layer
+    would. Otherwise ``latent`` is returned as it is.
+
+    Args:
+        latent: ``[.., C]``, the same on all processes.
+    """
+    weight = effective_weight(kv_b_proj)
+    mesh = getattr(getattr(kv_b_proj, "weight", None), "device_mesh", None)
+    if mesh is not None and latent.requires_grad and torch.is_grad_enabled():
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        whole = DTensor.from_local(latent, mesh, [Replicate()], run_check=False)
+        latent = whole.to_local(grad_placements=[Partial()])
+    return Expansion(weight, latent)
+
+
+def local_part(weight: Tensor) -> Tensor:
+    """The part of a DTensor that this process holds; a plain tensor as it is."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def _refuse(fact: str, advice: str = "") -> UnsupportedError:
@@ -130,23 +164,38 @@ def _linear_weight(module: nn.Module) -> Tensor:
     if not isinstance(module, nn.Linear) or kind.forward is not nn.Linear.forward:
         raise _refuse(f"type {kind.__module__}.{kind.__qualname__}")
     if "forward" in vars(module):
-        _check_hook(module)
+        _check_forward(module)
     if module.bias is not None:
         raise _refuse("a bias", "a bias of keys cannot be absorbed; fold it away or drop it")
     weight = module.weight
     if weight.dtype not in FLOAT_DTYPES or not _is_plain(type(weight)):
         raise _refuse(f"a weight of type {type(weight).__name__} and dtype {weight.dtype}")
-    return weight
+    if hasattr(weight, "device_mesh"):
+        _check_sharding(kind, weight)
+    return local_part(weight)
 
 
-# Subclasses of Tensor that torch itself defines (DTensor, fake tensors) behave as the matrix they
-# stand for; others are packed formats.
+def _check_sharding(kind: type, weight: Any) -> None:
+    """Rows of whole heads, or all of them; engines that shard parameters gather them before use."""
+    advice = "shard whole attention layers, and heads with mla.parallel.shard_heads"
+    if any(base.__name__ == "FSDPModule" for base in kind.__mro__):
+        raise _refuse("an FSDP unit of its own, whose weight is not gathered here", advice)
+    placements = weight.placements
+    if len(placements) != 1 or not (placements[0].is_replicate() or placements[0].is_shard(0)):
+        raise _refuse(f"a weight with placements {tuple(placements)}", advice)
+
+
+# Subclasses of Tensor that torch itself defines (DTensor, fake tensors) stand for a matrix; others
+# are packed formats.
 def _is_plain(kind: type) -> bool:
     return kind in (nn.Parameter, Tensor) or kind.__module__.startswith("torch.")
 
 
-def _check_hook(module: nn.Module) -> None:
-    """accelerate replaces ``forward`` of an instance: harmless unless it moves the weight away."""
+def _check_forward(module: nn.Module) -> None:
+    """Others replace ``forward`` of an instance: accelerate, which may move the weight away, and
+    the tensor parallelism of transformers, whose weights are DTensors."""
+    if module.forward.__module__ == "transformers.distributed.tensor_parallel":
+        return
     hook: Any = getattr(module, "_hf_hook", None)
     if hook is None:
         raise _refuse("a forward method of its own")
@@ -170,6 +219,8 @@ def _add_deltas(module: Any, weight: Tensor, adapters: list[str], *, sign: float
             continue
         _check_adapter(module, name, is_applied_to_input=sign > 0)
         up, down = module.lora_B[name].weight, module.lora_A[name].weight
+        if up.shape[0] != weight.shape[0]:
+            raise _refuse(f"adapter {name!r} on a weight sharded by heads", "merge it before")
         weight = (weight + sign * module.scaling[name] * (up @ down)).to(weight.dtype)
     return weight
 

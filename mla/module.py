@@ -16,7 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mla.absorb import absorb_output, absorb_queries, effective_weight, split_kv_b
+from mla.absorb import (
+    absorb_output,
+    absorb_queries,
+    effective_weight,
+    expansion,
+    local_part,
+    split_kv_b,
+)
 from mla.cache import LatentCache
 from mla.checks import ShapeError, UnsupportedError, bind_dims
 from mla.config import MLAConfig
@@ -183,7 +190,7 @@ class MultiheadLatentAttention(nn.Module):
             flat = self.q_proj(hidden_states)
         else:
             flat = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        query: Tensor = flat.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+        query: Tensor = flat.unflatten(-1, (-1, config.qk_head_dim))  # H, or the heads of a shard
         if config.query_scale != 1.0:
             query = query * config.query_scale
         if angles is None:
@@ -217,12 +224,14 @@ class MultiheadLatentAttention(nn.Module):
     ) -> Tensor:
         """Values ``[B, L, H, V]`` by expanded attention."""
         packed = cu_seqlens is not None
-        latent, k_rope = latent.to(query.dtype), k_rope.to(query.dtype)
+        weight, latent = (x.to(query.dtype) for x in expansion(self.kv_b_proj, latent))
+        k_rope = k_rope.to(query.dtype)
+        self._check_rows(weight, query)
         result = mla_prefill(
             query[0] if packed else query,
             latent[0] if packed else latent,
             k_rope[0] if packed else k_rope,
-            effective_weight(self.kv_b_proj).to(query.dtype),
+            weight,
             scale=self.config.scale,
             key_starts=key_starts,
             key_lengths=key_lengths,
@@ -268,7 +277,7 @@ class MultiheadLatentAttention(nn.Module):
         return cache.append_projected(
             self.layer_idx,
             kv_a,
-            None if norm is None else norm.weight.to(kv_a.dtype),
+            None if norm is None else local_part(norm.weight).to(kv_a.dtype),
             cos,
             sin,
             eps=config.latent_norm_eps,
@@ -283,7 +292,7 @@ class MultiheadLatentAttention(nn.Module):
         N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         q_nope, q_rope = query.split([N, R], dim=-1)
         weight = effective_weight(self.kv_b_proj).to(query.dtype)
-        w_uk, w_uv = split_kv_b(weight, config.num_attention_heads, N, V)
+        w_uk, w_uv = split_kv_b(weight, query.shape[2], N, V)
         result = mla_decode(
             absorb_queries(q_nope, w_uk),
             q_rope,
@@ -293,6 +302,16 @@ class MultiheadLatentAttention(nn.Module):
             impl=preferred(self.impl, "mla_decode"),
         )
         return absorb_output(result.out, w_uv)
+
+    def _check_rows(self, weight: Tensor, query: Tensor) -> None:
+        """Engines that shard parameters may have gathered those of the queries alone."""
+        H, width = query.shape[2], self.config.qk_nope_head_dim + self.config.v_head_dim
+        if weight.shape[0] != H * width:
+            raise ShapeError(
+                f"MultiheadLatentAttention: kv_b_proj has {weight.shape[0]} rows here, expected "
+                f"H*(N+V)={H * width} for the H={H} heads of the queries; shard heads with "
+                "mla.parallel.shard_heads, and parameters layer by layer"
+            )
 
     def _check(
         self,

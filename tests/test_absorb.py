@@ -219,7 +219,7 @@ def test_hooks_of_accelerate_pass_unless_they_offload():
             effective_weight(layer)
 
 
-def test_sharded_weight_passes_as_it_is(tmp_path):
+def test_weight_sharded_by_rows_gives_those_of_this_process(tmp_path):
     distributed = pytest.importorskip("torch.distributed")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -231,9 +231,11 @@ def test_sharded_weight_passes_as_it_is(tmp_path):
         layer = make_layer()
         plain = layer.weight.detach()
         layer.weight = nn.Parameter(distribute_tensor(plain, mesh, [Shard(0)]))
-        assert isinstance(effective_weight(layer), DTensor)
-        w_uk = split_kv_b(effective_weight(layer), H, N, V).w_uk
-        assert torch.equal(w_uk.full_tensor(), split_kv_b(plain, H, N, V).w_uk)
+        held = effective_weight(layer)
+        assert not isinstance(held, DTensor) and torch.equal(held, plain)
+        layer.weight = nn.Parameter(distribute_tensor(plain, mesh, [Shard(1)]))
+        with pytest.raises(UnsupportedError, match=r"placements \(Shard\(dim=1\),\)"):
+            effective_weight(layer)
     finally:
         distributed.destroy_process_group()
 
