@@ -6,6 +6,7 @@
 #                   codes the cached rows as well
 #   make test       environment, data, checks and all tests
 #   make test-oldest  the transformers drop-in on the oldest transformers that is supported
+#   make test-vllm  the vLLM plugin inside vLLM, in an environment of its own (Python 3.11)
 #   make check      ruff, mypy, layering
 #   make bench      every benchmark, to out/bench
 #   make plots      the figures of benchmarks/figures from the rows in benchmarks/results
@@ -37,7 +38,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help env data demo test test-oldest check bench plots gpu mutants sanitize thorough clean
+.PHONY: help env data demo test test-oldest test-vllm check bench plots gpu mutants sanitize thorough clean
 .NOTPARALLEL:
 
 help:
@@ -74,6 +75,10 @@ test-oldest: data $(OLDEST_DIR)
 	    assert t.__version__ == "$(OLDEST_TRANSFORMERS)", t.__version__'
 	@PYTHONPATH=$(OLDEST_DIR) $(PYTEST) -n $(WORKERS) --timeout 600 \
 	    tests/test_transformers_*.py $(TEST_ARGS)
+
+test-vllm: env
+	@tools/vllm_env.sh $(PY)
+	@.cache/vllm/bin/python -m pytest -q --timeout 900 tests/vllm_engine $(TEST_ARGS)
 
 check: env
 	@$(PY) -m ruff check .
