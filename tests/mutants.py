@@ -10,6 +10,7 @@ from mutants_kernels import MUTANTS as BREAKS_OF_KERNELS
 from mutants_ops import MUTANTS as BREAKS_OF_OPS
 from mutants_paged import MUTANTS as BREAKS_OF_PAGES
 from mutants_transformers import MUTANTS as BREAKS_OF_TRANSFORMERS
+from mutants_vllm import MUTANTS as BREAKS_OF_VLLM
 
 from tools.mutants import Mutant
 
@@ -36,6 +37,7 @@ MUTANTS: list[Mutant] = [
     *BREAKS_OF_FILES,
     *BREAKS_OF_PAGES,
     *BREAKS_OF_CPP,
+    *BREAKS_OF_VLLM,
     Mutant(
         name="scale-forgets-the-rotated-width",
         file="mla/config.py",
