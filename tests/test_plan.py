@@ -11,9 +11,11 @@ from mla.plan import (
     absorbed_step,
     break_even_intensity,
     bytes_per_token,
+    cost_per_million_tokens,
     crossover,
     grouped_bytes_per_token,
     grouped_step,
+    sequences_that_fit,
     should_absorb,
 )
 
@@ -103,3 +105,21 @@ def test_absorbing_pays_up_to_a_number_of_queries(preset, limit):
 def test_a_cold_prefill_never_absorbs_however_narrow_the_latent():
     narrow = layer(kv_lora_rank=8)  # 2 * C < N + V: an absorbed score costs less than an expanded
     assert should_absorb(63, 64, narrow) and not should_absorb(64, 64, narrow)
+
+
+def test_whole_sequences_fit():
+    """100 tokens of 10 bytes are 1000 bytes."""
+    assert [sequences_that_fit(memory, 100, 10) for memory in (0, 999, 1000, 2999)] == [0, 0, 1, 2]
+    assert sequences_that_fit(1000, 100, 10.5) == 0  # a pool's share of a page
+    for arguments in ((-1, 100, 10), (1000, 0, 10), (1000, 100, 0)):
+        with pytest.raises(ValueError, match="sequences_that_fit: .* has value"):
+            sequences_that_fit(*arguments)
+
+
+def test_a_million_tokens_cost_their_share_of_an_hour():
+    """1000 tokens a second make a million in 1000 s, 0.2778 of an hour."""
+    assert cost_per_million_tokens(1000.0, 3.6) == pytest.approx(1.0)
+    assert cost_per_million_tokens(1000.0, 0.0) == 0.0
+    for arguments in ((0.0, 1.0), (1.0, -1.0), (float("nan"), 1.0)):
+        with pytest.raises(ValueError, match="cost_per_million_tokens: .* has value"):
+            cost_per_million_tokens(*arguments)

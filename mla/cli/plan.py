@@ -136,6 +136,8 @@ class _Planner:
         self.layers, self.load, self.device = layers, load, device
         self.price: float | None = options.price_per_hour
         self.memory_for_cache: float | None = options.memory_for_cache
+        if options.rows is not None and not options.rows.is_dir():
+            raise CommandError(f"--rows has value {str(options.rows)!r}, expected a folder")
         folder = options.rows or default_folder()
         self.measured = shares(read_rows(folder), device) if folder else []
         self.options: dict[str, Any] = {

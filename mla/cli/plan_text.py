@@ -101,6 +101,9 @@ def _notes(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> list
     """Which share of the bound was used, what messages cost, what a prefill moves."""
     lines = []
     shown = [one for one in found if one.get("fits", True)]
+    large = [_name(one) for one in shown if one["cache_bytes"] > facts["cache"]["memory"]]
+    if large:
+        lines.append(f"  The cache does not fit: {', '.join(large)}.")
     without = [_name(one) for one in shown if not one["measured_rows"]]
     if without:
         which = "Times" if len(without) == len(shown) else f"Times of {', '.join(without)}"

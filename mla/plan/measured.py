@@ -79,10 +79,21 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def shares(rows: Iterable[Row], device: Device) -> list[Measured]:
-    """What the rows say about ``device``: those of its own kind, and of our kernels."""
+    """What the rows say about ``device``: those of its own kind, and of our kernels.
+
+    Raises:
+        ValueError: a row lacks a column, or has no number where there should be one.
+    """
     found = []
     for row in rows:
-        one = _of_processor(row) if device.pattern == PROCESSOR else _of_gpu(row, device)
+        try:
+            one = _of_processor(row) if device.pattern == PROCESSOR else _of_gpu(row, device)
+        except (KeyError, ValueError) as error:
+            name = row["benchmark"]
+            raise ValueError(
+                f"shares: a row of {name}.csv has no usable {error}, expected a row of "
+                f"benchmarks.{name if name.startswith('gpu') else f'bench_{name}'}"
+            ) from None
         if one is not None:
             found.append(one)
     return found
