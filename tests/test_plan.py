@@ -112,7 +112,7 @@ def test_whole_sequences_fit():
     assert [sequences_that_fit(memory, 100, 10) for memory in (0, 999, 1000, 2999)] == [0, 0, 1, 2]
     assert sequences_that_fit(1000, 100, 10.5) == 0  # a pool's share of a page
     for arguments in ((-1, 100, 10), (1000, 0, 10), (1000, 100, 0)):
-        with pytest.raises(ValueError, match="sequences_that_fit: .* has value"):
+        with pytest.raises(ValueError, match=r"sequences_that_fit: .* has value"):
             sequences_that_fit(*arguments)
 
 
@@ -121,5 +121,5 @@ def test_a_million_tokens_cost_their_share_of_an_hour():
     assert cost_per_million_tokens(1000.0, 3.6) == pytest.approx(1.0)
     assert cost_per_million_tokens(1000.0, 0.0) == 0.0
     for arguments in ((0.0, 1.0), (1.0, -1.0), (float("nan"), 1.0)):
-        with pytest.raises(ValueError, match="cost_per_million_tokens: .* has value"):
+        with pytest.raises(ValueError, match=r"cost_per_million_tokens: .* has value"):
             cost_per_million_tokens(*arguments)
