@@ -10,7 +10,7 @@ Dims: L tokens, H heads, C latent, N unrotated, R rotated, V value width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import roofline
 from benchmarks.gpu_measure import Task
 from benchmarks.harness import Point, gate
-from mla import reference
+from benchmarks.prefill_cases import SCALE, Inputs, Sizes, draw, expand, truth
 from mla.kernels import launch
 from mla.ops import mla_prefill
 
-SCALE = 192**-0.5
 BACKENDS = {
     "flash padded": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -34,24 +33,7 @@ BACKENDS = {
 }
 
 
-class Sizes(NamedTuple):
-    H: int = 16
-    C: int = 512
-    N: int = 128
-    R: int = 64
-    V: int = 128
-
-
 SMALL = Sizes(2, 32, 32, 16, 32)
-
-
-class Inputs(NamedTuple):
-    """What gradients are taken of."""
-
-    query: Tensor  # [1, L, H, N+R]
-    latent: Tensor  # [1, L, C]
-    k_rope: Tensor  # [1, L, R]
-    weight: Tensor  # [H*(N+V), C]
 
 
 def points() -> list[Point]:
@@ -81,7 +63,7 @@ def cost(point: Point) -> roofline.Cost:
 
 def prepare(point: Point) -> Task:
     """The call to time."""
-    inputs = _inputs(int(point["L"]), Sizes(), torch.device("cuda"), torch.bfloat16)
+    inputs = draw(int(point["L"]), Sizes(), torch.device("cuda"), torch.bfloat16)
     return Task(_call(point, inputs, Sizes()), cost(point), capture=False)  # milliseconds long
 
 
@@ -95,18 +77,11 @@ def verify(point: Point) -> None:
     device = torch.device("cpu" if is_small else "cuda")
     sizes = SMALL if is_small else Sizes(H=2)
     dtype = torch.float32 if is_small else torch.bfloat16
-    inputs = _inputs(40 if is_small else 333, sizes, device, dtype)
-    truth = Inputs(*(x.detach().cpu().double().requires_grad_() for x in inputs))
-    out = reference.expanded_attention(
-        *truth, num_heads=sizes.H, value_dim=sizes.V, scale=SCALE, causal=True
-    ).out
-    names: tuple[str, ...] = ("out",)
-    expected: tuple[Tensor, ...] = (out,)
+    inputs = draw(40 if is_small else 333, sizes, device, dtype)
     mode = "forward" if point["given"] else str(point["mode"])  # their gradients have no oracle
-    if mode == "backward":
-        names, expected = Inputs._fields, torch.autograd.grad(out, truth, torch.ones_like(out))
+    expected = truth(inputs, sizes, gradients=mode == "backward")
     found = _call({**point, "mode": mode}, inputs, sizes)()
-    for name, ours, theirs in zip(names, found, expected, strict=True):
+    for (name, theirs), ours in zip(expected.items(), found, strict=True):
         gate(
             {f"{point['impl']} {name}": ours.detach()},
             expected=theirs.detach().to(device),
@@ -117,17 +92,6 @@ def verify(point: Point) -> None:
 
 def verify_key(point: Point) -> tuple[Any, ...]:
     return tuple(point[key] for key in ("impl", "mode", "given"))
-
-
-def _inputs(L: int, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Inputs:
-    H, C, N, R, V = sizes
-    generator = torch.Generator(device).manual_seed(4)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(dtype).requires_grad_()
-
-    weight = (torch.randn(H * (N + V), C, generator=generator, device=device) / C**0.5).to(dtype)
-    return Inputs(draw(1, L, H, N + R), draw(1, L, C), draw(1, L, R), weight.requires_grad_())
 
 
 def _call(point: Point, inputs: Inputs, sizes: Sizes) -> Callable[[], tuple[Tensor, ...]]:
@@ -143,11 +107,11 @@ def _call(point: Point, inputs: Inputs, sizes: Sizes) -> Callable[[], tuple[Tens
         padded, backend = impl.endswith("padded"), BACKENDS[impl]
         if point["given"]:
             with torch.no_grad():
-                expanded = _expand(inputs, sizes, padded)
+                expanded = expand(inputs, sizes, padded)
             leaves = tuple(x.requires_grad_() for x in expanded)
 
         def attend(*given: Tensor) -> Tensor:
-            whole = given if point["given"] else _expand(Inputs(*given), sizes, padded)
+            whole = given if point["given"] else expand(Inputs(*given), sizes, padded)
             with sdpa_kernel(backend):
                 out = F.scaled_dot_product_attention(*whole, is_causal=True, scale=SCALE)
             return out[..., : sizes.V].transpose(1, 2)
@@ -162,15 +126,3 @@ def _call(point: Point, inputs: Inputs, sizes: Sizes) -> Callable[[], tuple[Tens
     out = attend(*leaves)
     gradient = torch.ones_like(out)
     return lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True)
-
-
-def _expand(inputs: Inputs, sizes: Sizes, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """query, keys and values ``[1, H, L, *]``; values padded to the width of keys."""
-    H, _, N, R, V = sizes
-    kv = F.linear(inputs.latent, inputs.weight).unflatten(-1, (H, N + V))
-    rope = inputs.k_rope[:, :, None].expand(-1, -1, H, -1)
-    keys = torch.cat([kv[..., :N], rope], dim=-1)
-    values = kv[..., N:]
-    if padded:
-        values = F.pad(values, (0, N + R - V))
-    return inputs.query.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
