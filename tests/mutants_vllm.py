@@ -64,8 +64,8 @@ MUTANTS: list[Mutant] = [
     _break(
         "reads-a-copy-of-the-cache",
         "backend.py",
-        "view = CacheView.paged(kv_c_and_k_pe_cache, step.block_table, step.seq_lens, C=C, R=R)",
-        "view = CacheView.paged(kv_c_and_k_pe_cache + 0, step.block_table, step.seq_lens, C=C, R=R)",
+        "R = kv_c_and_k_pe_cache.shape[-1] - C",
+        "R = kv_c_and_k_pe_cache.shape[-1] - C; kv_c_and_k_pe_cache = kv_c_and_k_pe_cache.clone()",
         f"{PLUGIN}::test_the_cache_is_read_in_place",
     ),
 ]
