@@ -107,11 +107,11 @@ def measure(
     """
     timings = {name: Timing() for name in candidates}
     for candidate in candidates.values():
-        _timed(candidate)
+        timed(candidate)
     deadline = time.monotonic() + seconds
     for index in range(rounds):
         for name, candidate in candidates.items():
-            wall, cpu = _timed(candidate)
+            wall, cpu = timed(candidate)
             timings[name].wall.append(wall)
             timings[name].cpu.append(cpu)
         on_round()
@@ -177,7 +177,7 @@ def label(point: Point) -> str:
     return " ".join(f"{key}={value}" for key, value in point.items())
 
 
-def _timed(candidate: Candidate) -> tuple[float, float]:
+def timed(candidate: Candidate) -> tuple[float, float]:
     """Wall and busiest-thread seconds per unit of one call."""
     candidate.before()
     cpu_before = thread_seconds()

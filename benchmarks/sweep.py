@@ -61,14 +61,18 @@ class Options:
     def wants(self, point: Point, name: str = "") -> bool:
         """Whether a point of benchmark ``name`` passes the filters.
 
-        Every ``key=value`` of ``only`` is one of the point's. Of its plain words, if there are any,
-        one is the name or a value of the point. A point without dtype has none of those asked for.
+        Of the ``key=value`` of ``only`` the point has one for each key; of its plain words, if
+        there are any, one is the name or a value of the point. A point without dtype has none of
+        those asked for.
         """
-        pairs = {word for word in self.only if "=" in word}
-        words = set(self.only) - pairs
         values = {name, *map(str, point.values())}
+        wanted: dict[str, set[str]] = {}
+        for word in self.only:
+            key, is_pair, value = word.partition("=")
+            wanted.setdefault(key if is_pair else "", set()).add(value if is_pair else word)
+        words = wanted.pop("", set())
         return (
-            pairs <= set(label(point).split())
+            all(str(point.get(key)) in found for key, found in wanted.items())
             and (not words or bool(words & values))
             and (not self.dtypes or point.get("dtype") in self.dtypes)
         )
@@ -210,7 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="WORD",
-        help="points that have all of these KEY=VALUE, or a name, or a value: decode S=8192",
+        help="points with these KEY=VALUE, or this benchmark, or this value: decode S=8192",
     )
     parser.add_argument(
         "--dtype", nargs="+", default=[], metavar="DTYPE", help="points in one of these: bf16"
@@ -283,7 +287,7 @@ def run(benchmark: Benchmark, options: Options, console: Console) -> Count:
             soft_wrap=True,
         )
     failed = 0
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task(name, total=len(missing) * benchmark.steps(options))
         for index, point in enumerate(missing):
             progress.update(task, description=f"{name} {label(point)}")
@@ -299,7 +303,7 @@ def run(benchmark: Benchmark, options: Options, console: Console) -> Count:
     return Count(len(missing), kept, failed)
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
     """A bar with the time left, on standard error."""
     columns = (
         TextColumn("{task.description}"),

@@ -203,6 +203,7 @@ def test_filters():
 
     assert wants() and wants("S=8") and wants("decode") and wants("cache") and wants("8")
     assert wants("decode", "prefill") and wants("cache", "S=8", dtypes=("bfloat16", "float32"))
+    assert wants("S=9", "S=8", "op=decode") and not wants("S=9", "S=8", "op=append")
     assert not wants("S=9") and not wants("prefill") and not wants("decode", "S=9")
     assert not wants("S=8", "op=append") and not wants(dtypes=("float32",))
     assert not sweep.Options(dtypes=("float32",)).wants({"S": 8})
