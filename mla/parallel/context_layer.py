@@ -19,7 +19,7 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mla.absorb import absorb_queries, effective_weight, split_kv_b
+from mla.absorb import absorb_queries, effective_weight, expansion, split_kv_b
 from mla.cache import LatentCache
 from mla.checks import ShapeError, UnsupportedError
 from mla.module import Angles, MultiheadLatentAttention
@@ -88,9 +88,7 @@ class _ContextParallel(MultiheadLatentAttention):
         self, query: Tensor, kv_a: Tensor, angles: Angles | None, cache: LatentCache
     ) -> Tensor:
         if cache.is_cold:
-            latent, k_rope = gather_rows(*self._latents(kv_a, angles), self._context_group)
-            cache.append(self.layer_idx, latent, k_rope)
-            return self._attend(query, latent, k_rope)
+            return self._prefill(query, *self._latents(kv_a, angles), cache)
         view, _, _ = self._append(kv_a, angles, cache)
         return self._absorbed(query, view, cache.new_lengths(query.shape[1]))
 
@@ -103,15 +101,20 @@ class _ContextParallel(MultiheadLatentAttention):
         key_lengths: Tensor | None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        return self._attend(query, *gather_rows(latent, k_rope, self._context_group))
+        return self._prefill(query, latent, k_rope, None)
 
-    def _attend(self, query: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
-        """Values ``[B, L, H, V]`` of this rank's queries over the whole ``latent [B, S, C]``."""
+    def _prefill(
+        self, query: Tensor, latent: Tensor, k_rope: Tensor, cache: LatentCache | None
+    ) -> Tensor:
+        """Values ``[B, L, H, V]`` from ``latent [B, L, C]`` of this rank's tokens."""
+        weight, latent = expansion(self.kv_b_proj, latent)
+        latent, k_rope = gather_rows(latent, k_rope, self._context_group)
+        if cache is not None:
+            cache.append(self.layer_idx, latent, k_rope)
+        self._check_rows(weight, query)
         result = attend_shard(
             query,
-            latent.to(query.dtype),
-            k_rope.to(query.dtype),
-            effective_weight(self.kv_b_proj).to(query.dtype),
+            *(x.to(query.dtype) for x in (latent, k_rope, weight)),
             shard=shard_of(self._context_group),
             scale=self.config.scale,
             save=self.save,
@@ -124,7 +127,7 @@ class _ContextParallel(MultiheadLatentAttention):
         N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         q_nope, q_rope = query.split([N, R], dim=-1)
         weight = effective_weight(self.kv_b_proj).to(query.dtype)
-        w_uk, w_uv = split_kv_b(weight, config.num_attention_heads, N, V)
+        w_uk, w_uv = split_kv_b(weight, query.shape[2], N, V)
         result = context_decode(
             absorb_queries(q_nope, w_uk),
             q_rope,

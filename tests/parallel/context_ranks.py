@@ -7,12 +7,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from helpers import poison_, randn
+from layers import SMALL, make_layer
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from mla.parallel.context import context_decode, context_prefill
+from mla import DenseLatentCache, MLAConfig, MultiheadLatentAttention, PagedLatentCache
+from mla.cache import PagedBatch
+from mla.codec import Codec
+from mla.parallel.context import context_decode, context_prefill, sum_gradients
+from mla.parallel.context_layer import shard_context
 from mla.parallel.sequence import all_gather, gather_sequence, shard_of, shard_sequence
+from mla.parallel.tensor import shard_heads
 from mla.parallel.traffic import count_traffic
 from mla.view import CacheView
 
@@ -126,3 +133,139 @@ def traffic_of_all() -> dict[str, Any]:
         else:
             found[name] = (dict(traffic.calls), dict(traffic.bytes))
     return found
+
+
+class LayerWork(NamedTuple):
+    """A layer that prefills rows of ``lengths`` and then takes steps of some tokens."""
+
+    config: MLAConfig
+    seed: int
+    dtype: torch.dtype
+    codec: Codec
+    page_size: int
+    lengths: tuple[int, ...]  # of the prompts
+    steps: tuple[int, ...]
+
+    def hidden_states(self) -> list[Tensor]:
+        """Of the prompts, padded on the right, and of each step."""
+        sizes = (max(self.lengths), *self.steps)
+        B, D = len(self.lengths), self.config.hidden_size
+        return [
+            randn(B, L, D, seed=self.seed + i, dtype=torch.float64).to(self.dtype)
+            for i, L in enumerate(sizes)
+        ]
+
+    def layer(self, **options: Any) -> MultiheadLatentAttention:
+        return make_layer(self.config, self.seed, self.dtype, **options)
+
+    def batch(self, shard: tuple[int, int]) -> PagedBatch:
+        """Poisoned pages, just as many as are needed; fixed, so that all steps are absorbed."""
+        B = len(self.lengths)
+        longest = max(self.lengths) + sum(self.steps)
+        pool = PagedLatentCache(
+            self.config,
+            num_pages=B * -(-longest // (self.page_size * shard[1])),
+            page_size=self.page_size,
+            shard=shard,
+            codec=self.codec,
+            dtype=self.dtype,
+        )
+        poison_(pool.rows(0))
+        batch = pool.batch([pool.allocate() for _ in self.lengths], max_length=longest)
+        batch.reserve(self.lengths)
+        return batch
+
+
+class Mesh(NamedTuple):
+    """What a layer is cut over; without groups it stays on one process."""
+
+    context: Any = None
+    heads: Any = None
+
+    def cut(self, layer: MultiheadLatentAttention) -> MultiheadLatentAttention:
+        if self.heads is not None:
+            shard_heads(layer, self.heads)
+        return layer if self.context is None else shard_context(layer, self.context)
+
+    @property
+    def shard(self) -> tuple[int, int]:
+        return (0, 1) if self.context is None else shard_of(self.context)
+
+
+def run_layer(item: LayerWork, mesh: Mesh = Mesh()) -> list[Tensor]:  # noqa: B008 - a constant
+    """What the layer gives for the prompts and for each step."""
+    layer, batch = mesh.cut(item.layer()), item.batch(mesh.shard)
+    prompt, *steps = item.hidden_states()
+    with torch.no_grad():
+        out = layer(
+            prompt if mesh.context is None else shard_sequence(prompt, mesh.shard), cache=batch
+        )
+        if mesh.context is not None:
+            out = gather_sequence(out, mesh.context)[:, : prompt.shape[1]]
+        return [out] + [layer(hidden, cache=batch) for hidden in steps]
+
+
+def train_layer(item: LayerWork, mesh: Mesh = Mesh()) -> list[Tensor]:  # noqa: B008 - a constant
+    """out and the gradients of the hidden states and of all weights, from the whole sequence."""
+    layer = mesh.cut(item.layer()).train()
+    hidden = item.hidden_states()[0]
+    wanted = randn(*hidden.shape, seed=item.seed, dtype=torch.float64).to(item.dtype)
+    if mesh.context is not None:
+        hidden, wanted = (shard_sequence(x, mesh.shard) for x in (hidden, wanted))
+    hidden = hidden.requires_grad_()
+    out = layer(hidden)
+    (out * wanted).sum().backward()
+    results = [out.detach(), hidden.grad]
+    if mesh.context is not None:
+        results = [gather_sequence(x, mesh.context) for x in results]
+        sum_gradients(layer.parameters(), mesh.context)
+    grads = [parameter.grad for parameter in layer.parameters()]
+    return results + [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+
+
+def layers_of_all(
+    inference: Sequence[LayerWork], training: Sequence[LayerWork], heads: int
+) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """Context over all ranks, or over those that share heads with ``heads`` ranks."""
+    sizes = (dist.get_world_size() // heads, heads)
+    both = init_device_mesh("cpu", sizes, mesh_dim_names=("cp", "tp"))
+    mesh = Mesh(both["cp"], both["tp"] if heads > 1 else None)
+    return [run_layer(item, mesh) for item in inference], [
+        train_layer(item, mesh) for item in training
+    ]
+
+
+def one_raises(item: DecodeWork) -> None:
+    """Every rank but the last waits in the merge for one that never comes."""
+    if dist.get_rank() == dist.get_world_size() - 1:
+        raise RuntimeError("this rank gives up")
+    decode_all([item])
+
+
+def refusals() -> list[str]:
+    """Messages of calls that must raise on every rank, before anything is sent."""
+    group = dist.group.WORLD
+    layer = shard_context(make_layer(SMALL, 0), group)
+    dense = DenseLatentCache(SMALL, batch_size=1, dtype=torch.float64)
+    hidden = torch.zeros(1, 4, SMALL.hidden_size, dtype=torch.float64)
+    queries = torch.zeros(1, 1, 2, 24), torch.zeros(1, 1, 2, 6)
+    view = CacheView.dense(torch.zeros(1, 4, 30), torch.zeros(1, dtype=torch.int32), C=24, R=6)
+    calls = [
+        lambda: shard_context(torch.nn.Linear(2, 2), group),
+        lambda: layer(hidden, attn_mask=torch.ones(1, 4, dtype=torch.bool)),
+        lambda: layer(hidden, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32)),
+        lambda: layer(hidden, cache=dense),
+        lambda: context_decode(*queries, view, scale=1.0, group=group),
+        lambda: gather_sequence(hidden[:, :3], group),
+        lambda: shard_of(init_device_mesh("cpu", (1, 2), mesh_dim_names=("tp", "cp"))),
+    ]
+    messages = []
+    for call in calls:
+        try:
+            call()
+        except ValueError as error:
+            messages.append(str(error))
+        else:
+            messages.append("nothing was raised")
+    assert dense.max_length == 0
+    return messages
