@@ -9,6 +9,7 @@ from mutants_files import MUTANTS as BREAKS_OF_FILES
 from mutants_kernels import MUTANTS as BREAKS_OF_KERNELS
 from mutants_ops import MUTANTS as BREAKS_OF_OPS
 from mutants_paged import MUTANTS as BREAKS_OF_PAGES
+from mutants_plan import MUTANTS as BREAKS_OF_PLAN
 from mutants_transformers import MUTANTS as BREAKS_OF_TRANSFORMERS
 from mutants_vllm import MUTANTS as BREAKS_OF_VLLM
 
@@ -38,6 +39,7 @@ MUTANTS: list[Mutant] = [
     *BREAKS_OF_PAGES,
     *BREAKS_OF_CPP,
     *BREAKS_OF_VLLM,
+    *BREAKS_OF_PLAN,
     Mutant(
         name="scale-forgets-the-rotated-width",
         file="mla/config.py",
