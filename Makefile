@@ -8,7 +8,9 @@
 #   make test-oldest  the transformers drop-in on the oldest transformers that is supported
 #   make test-vllm  the vLLM plugin inside vLLM, in an environment of its own (Python 3.11)
 #   make check      ruff, mypy, layering
-#   make bench      every benchmark, to out/bench
+#   make bench      quick benchmarks, minutes, to out/bench; a second run goes on where one stopped
+#   make bench-full every point of every benchmark
+#   make bench-compare BASE=REF  this tree against a version in git, slowdowns flagged
 #   make plots      the figures of benchmarks/figures from the rows in benchmarks/results
 #   make gpu        tests and benchmarks on a GPU: OUT=DIR COMMIT=SHA PART=all|tests|decode|prefill|
 #                   append|tune, in the Python that sees it (GPU_PYTHON=python3); results in OUT
@@ -22,6 +24,7 @@ DATA ?= .cache/mla
 GPU_PYTHON ?= python3
 TEST_ARGS ?=
 BENCH_ARGS ?=
+BASE ?=
 MUTANT_ARGS ?=
 CODEC ?=
 OUT ?= out/gpu
@@ -38,7 +41,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help env data demo test test-oldest test-vllm check bench plots gpu mutants sanitize thorough clean
+.PHONY: help env data demo test test-oldest test-vllm check bench bench-full bench-compare plots gpu mutants sanitize thorough clean
 .NOTPARALLEL:
 
 help:
@@ -88,13 +91,15 @@ check: env
 	@echo "check: passed (ruff, mypy, layering)"
 
 bench: data
-	@mkdir -p out/bench
-	@set -e; count=0; for script in benchmarks/bench_*.py; do \
-	    [ -e "$$script" ] || continue; \
-	    echo "bench: $$script"; \
-	    $(PY) -m benchmarks.$$(basename $$script .py) $(BENCH_ARGS); \
-	    count=$$((count + 1)); \
-	done; echo "bench: passed, $$count benchmarks, results in out/bench"
+	@$(PY) -m benchmarks.run --quick $(BENCH_ARGS)
+
+bench-full: data
+	@$(PY) -m benchmarks.run $(BENCH_ARGS)
+
+bench-compare: data
+	@[ -n "$(BASE)" ] || { echo "bench-compare: failed: BASE=REF names the version, as in" \
+	    "make bench-compare BASE=main~1" >&2; exit 2; }
+	@$(PY) -m benchmarks.compare "$(BASE)" --quick $(BENCH_ARGS)
 
 plots: env
 	@$(PY) -m benchmarks.plot

@@ -83,6 +83,7 @@ BENCHMARK = Benchmark(
     points=lambda quick: [{}],
     rows_at=rows_at,
     steps=lambda options: options.rounds + 1,
+    is_long=True,
 )
 
 if __name__ == "__main__":

@@ -38,9 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench: failed: no benchmark {', '.join(sorted(unknown))}", file=sys.stderr)
         return 2
     options, console = options_from(parsed), terminal()
+    names = parsed.names or list(benchmarks)
+    if options.quick and not parsed.names and not options.filters():
+        names = [name for name in benchmarks if not benchmarks[name].is_long]
     refused, count = [], Count()
     for name, benchmark in benchmarks.items():
-        if parsed.names and name not in parsed.names:
+        if name not in names:
             continue
         try:
             count += run(benchmark, options, console)
@@ -54,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if count.all == 0:
         print(f"bench: failed: no point has {options.filters()}", file=sys.stderr)
         return 2
+    left_out = sorted({*benchmarks} - {*names}) if not parsed.names else []
+    if left_out:
+        text = f"left out of a quick run, each runs by its name: {', '.join(left_out)}"
+        console.print(f"bench: {text}", soft_wrap=True)
     console.print(f"bench: passed, {_summary(count)}; rows in {options.out}", soft_wrap=True)
     return 0
 

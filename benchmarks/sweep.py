@@ -94,6 +94,7 @@ class Benchmark:
         steps: how often it calls that for one point.
         hidden: columns for the files only.
         reason_absent: why it cannot run here, or None.
+        is_long: left out of a quick run of everything; a quick run by name has it.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Benchmark:
     steps: Callable[[Options], int] = lambda options: options.rounds
     hidden: tuple[str, ...] = ()
     reason_absent: Callable[[], str | None] = lambda: None
+    is_long: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +246,7 @@ def options_from(arguments: argparse.Namespace) -> Options:
         only=tuple(arguments.only),
         dtypes=tuple(DTYPE_NAMES.get(name, name) for name in arguments.dtype),
         rounds=arguments.rounds or (9 if arguments.quick else 21),
-        seconds=20.0 if arguments.quick else 60.0,
+        seconds=6.0 if arguments.quick else 60.0,
         out=arguments.out,
         fresh=arguments.fresh,
         price_per_hour=arguments.price_per_hour,
@@ -274,7 +276,9 @@ def run(benchmark: Benchmark, options: Options, console: Console) -> Count:
     name = benchmark.name
     reason = benchmark.reason_absent()
     points = [point for point in benchmark.points(options.quick) if options.wants(point, name)]
-    if reason is not None and points:
+    if not points:
+        return Count()
+    if reason is not None:
         console.print(f"{name}: skipped: {reason}", soft_wrap=True)
         return Count()
     journal = Journal(name, options.out, Effort(options.quick, options.rounds), fresh=options.fresh)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mla.cli import check, compile, convert, demo, evaluate, generate, info, plan
+from mla.cli import bench, check, compile, convert, demo, evaluate, generate, info, plan
 from mla.cli.console import one_line
 
 COMMANDS = {
@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": (evaluate, "perplexity of a model on a text, with its confidence interval"),
     "generate": (generate, "continue a prompt with a converted or an MLA model"),
     "plan": (plan, "predict cache, time and cost of decoding on one device or many"),
+    "bench": (bench, "time this machine, or this tree against an older version"),
     "demo": (demo, "convert a real model and show what that saves and costs"),
 }
 

@@ -157,7 +157,8 @@ def test_command_line_refuses_in_one_line(tmp_path, capsys):
 def test_every_benchmark_is_found_and_is_shorter_when_quick():
     benchmarks = run.all_benchmarks()
     assert set(benchmarks) >= {"layer", "import", "cache", "training_memory"}
-    for benchmark in benchmarks.values():
+    for name, benchmark in benchmarks.items():
+        assert (report.ROOT / "benchmarks" / f"bench_{name}.py").is_file()
         assert 0 < len(benchmark.points(True)) <= len(benchmark.points(False))
 
 
