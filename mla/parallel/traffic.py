@@ -4,7 +4,7 @@
     reduce-scatter   (k-1) * n        n bytes that each rank keeps
     all-to-all       (k-1)/k * n      n bytes that each rank gives, in even parts
     all-reduce       2 (k-1)/k * n    n bytes that each rank has: a reduce-scatter, an all-gather
-    broadcast        n                that each rank but the source gets
+    broadcast        n                that each rank but the source gets; scatter likewise
 
 Payload that one rank receives from the others (and sends to them) where no byte travels twice, the
 least that any algorithm can do; what a backend adds is its own.
@@ -42,6 +42,7 @@ KINDS = {
     "all_reduce": "all_reduce",
     "all_reduce_coalesced": "all_reduce",
     "broadcast": "broadcast",
+    "scatter": "scatter",
     "alltoall": "all_to_all",
     "alltoall_base": "all_to_all",
     "all_to_all_single": "all_to_all",
@@ -137,7 +138,7 @@ def _operands(kind: str, func: Any, args: tuple[Any, ...]) -> tuple[int, int | N
         return _nbytes(args[:1]), None, members.size()
     boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
     members = dist.ProcessGroup.unbox(boxed)
-    if kind in ("all_reduce", "broadcast"):
+    if kind in ("all_reduce", "broadcast", "scatter"):
         return _nbytes(args[:1]), None, members.size()
     return _nbytes(args[1:2]), _nbytes(args[:1]), members.size()  # outputs, then inputs
 
