@@ -33,14 +33,12 @@ transformers = pytest.importorskip("transformers")
 from test_convert_model import continuation, grouped_model, logits  # noqa: E402
 
 from mla.integrations.converted import (  # noqa: E402
-    convert_model,
-    load_converted,
-    save_converted,
-)
-from mla.integrations.converted.deepseek import (  # noqa: E402
     check_export,
+    convert_model,
     convert_to_deepseek_v3,
     export_deepseek_v3,
+    load_converted,
+    save_converted,
     to_deepseek_v3,
 )
 from mla.integrations.transformers import replace_attention  # noqa: E402
@@ -168,8 +166,9 @@ def test_full_rank_gives_the_logits_and_tokens_of_the_original(host, dtype, tmp_
     half = model.config.num_key_value_heads * model.config.head_dim if host != "qwen2" else 16
     config = conversion.model.model.layers[0].self_attn.mla.config
     assert (config.qk_rope_head_dim, config.kv_lora_rank) == (half, half)
-    expected = continuation(model, left_padded([9, 4, 1], seed=3))
-    assert torch.equal(continuation(stock, left_padded([9, 4, 1], seed=3)), expected)
+    inputs, options = left_padded([9, 4, 1], seed=3), {"max_new_tokens": 12}
+    expected = continuation(model, inputs, **options)
+    assert torch.equal(continuation(stock, inputs, **options), expected)
 
 
 @pytest.mark.parametrize("host", ["llama", "llama-mqa", "qwen2"])
@@ -198,11 +197,20 @@ def test_stock_transformers_and_mla_generate_the_same_tokens(host, dtype, kv_bud
     export_deepseek_v3(conversion, tmp_path / "v3")
     stock, replaced = stock_of(tmp_path / "v3"), stock_of(tmp_path / "v3")
     assert len(replace_attention(replaced).replaced) == 2
-    for inputs in ({"input_ids": tokens(2, 9, seed=2)}, left_padded([9, 4, 1], seed=3)):
-        for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
-            expected = continuation(stock, inputs, **options)
-            assert torch.equal(continuation(replaced, inputs, **options), expected)
-        assert torch.equal(continuation(conversion.model, inputs), continuation(stock, inputs))
+    inputs, options = left_padded([9, 4, 1], seed=3), {"max_new_tokens": 12}
+    expected = continuation(stock, inputs, **options)
+    assert torch.equal(continuation(replaced, inputs, **options), expected)
+    assert torch.equal(continuation(conversion.model, inputs, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"cache_implementation": "static"}])
+def test_beams_and_static_caches_give_the_same_tokens(options):
+    conversion = converted("qwen2", kv_budget=0.75)
+    stock, inputs = to_deepseek_v3(conversion.model), left_padded([9, 4, 1], seed=3)
+    expected = continuation(stock, inputs, **options)
+    replace_attention(stock)
+    assert torch.equal(continuation(stock, inputs, **options), expected)
+    assert torch.equal(continuation(conversion.model, inputs, **options), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -366,6 +374,12 @@ def test_biased_mlps_are_refused(tmp_path):
     model = grouped_model(mlp_bias=True)
     with pytest.raises(UnsupportedError, match="mlp_bias True, expected False"):
         convert_to_deepseek_v3(model, tokens(1, 8), tmp_path / "v3")
+
+
+def test_windows_without_a_next_token_are_refused_before_the_work(tmp_path):
+    with pytest.raises(ShapeError, match=r"windows has shape \(3, 1\), expected .* T >= 2"):
+        convert_to_deepseek_v3(grouped_model(), tokens(3, 1), tmp_path / "v3")
+    assert not list(tmp_path.iterdir())
 
 
 def test_unknown_layouts_are_refused():

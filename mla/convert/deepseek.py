@@ -37,7 +37,7 @@ from mla.config import MLAConfig
 from mla.convert.choose import best_split, rotation_losses, split_candidates
 from mla.convert.complexes import mean_rotation
 from mla.convert.gqa import gqa_to_mla, score_gains
-from mla.convert.rotate import rotate_keys
+from mla.convert.rotate import KeyComponents, rotate_keys
 from mla.convert.statistics import InputMoments
 from mla.convert.weights import AttentionWeights, affine_heads, check_statistics
 
@@ -89,12 +89,12 @@ def shared_layout(
         "inv_freq": inv_freq,
         "softmax_scale": head_dim**-0.5 if softmax_scale is None else softmax_scale,
     }
-    losses_lG = sum((_ordered_losses(*layer, **shape) for layer in layers), torch.zeros(()))
+    losses_lG = sum((_layer_losses(*layer, **shape) for layer in layers), torch.zeros(()))
     fitted = 0
 
     def fit(rope_dim: int, latent_dim: int) -> SharedLayout:
         nonlocal fitted
-        listed, error = _largest(losses_lG, rope_dim // 2), 0.0
+        listed, error = most_lost(losses_lG, rope_dim // 2), 0.0
         for weights, moments in layers:
             report = gqa_to_mla(
                 weights,
@@ -110,7 +110,7 @@ def shared_layout(
         return SharedLayout((rope_dim, latent_dim), listed, error)
 
     if len(sizes) == 1:
-        return SharedLayout(sizes[0], _largest(losses_lG, sizes[0][0] // 2), math.nan)
+        return SharedLayout(sizes[0], most_lost(losses_lG, sizes[0][0] // 2), math.nan)
     return best_split(sizes, fit, lambda layout: layout.error)
 
 
@@ -131,7 +131,7 @@ def layout_candidates(
     return sizes
 
 
-def _ordered_losses(
+def _layer_losses(
     weights: AttentionWeights,
     moments: InputMoments,
     num_heads: int,
@@ -140,19 +140,29 @@ def _ordered_losses(
     inv_freq: Tensor,
     softmax_scale: float,
 ) -> Tensor:
-    """``[d/2, G]``: losses of one layer's components by frequency, the largest first."""
+    """`losses_by_frequency` of one layer."""
     heads = affine_heads(weights, num_heads, num_kv_heads, head_dim)
     check_statistics(heads, moments, inv_freq)
     gains = score_gains(heads, moments.keys, softmax_scale)
     components = rotate_keys(heads.query, heads.key, moments.queries, moments.keys, gains)
     rotation = mean_rotation(inv_freq.cpu(), moments.distances.cpu())
+    return losses_by_frequency(components, rotation)
+
+
+def losses_by_frequency(components: KeyComponents, rotation: Tensor) -> Tensor:
+    """``[d/2, G]``: what each component loses unrotated, the largest of each frequency first.
+
+    Args:
+        components: of one layer's keys, G of each frequency.
+        rotation: mu, complex ``[d/2]``.
+    """
     loss = rotation_losses(components, rotation)
-    by_frequency = loss[components.frequency.argsort(stable=True)].unflatten(0, (-1, num_kv_heads))
+    by_frequency = loss[components.frequency.argsort(stable=True)].unflatten(0, (len(rotation), -1))
     return by_frequency.sort(1, descending=True).values
 
 
-def _largest(losses: Tensor, count: int) -> tuple[int, ...]:
-    """Frequencies of the ``count`` largest entries of ``[d/2, G]``, ascending."""
+def most_lost(losses: Tensor, count: int) -> tuple[int, ...]:
+    """Frequencies of the ``count`` largest entries of ``[d/2, G]``, ascending, with repeats."""
     taken = losses.flatten().argsort(descending=True, stable=True)[:count]
     return tuple((taken // losses.shape[1]).sort().values.tolist())
 
@@ -221,9 +231,9 @@ def deepseek_layer(
     weight = tensors["q_proj.weight"]
     wide = {name: x.detach().cpu().double() for name, x in tensors.items()}
     inputs = input_weight.detach().cpu().double()
+    scale = config.scale * (N + R) ** 0.5
 
-    query = wide["q_proj.weight"].unflatten(0, (H, N + R)) * config.scale * (N + R) ** 0.5
-    query = interleave(query, R).flatten(0, 1)
+    query = interleave(wide["q_proj.weight"].unflatten(0, (H, N + R)), R).flatten(0, 1) * scale
     down, bias = wide["kv_a_proj_with_mqa.weight"], wide["kv_a_proj_with_mqa.bias"][:, None]
     latent = beside_constant(down[:C], bias[:C, 0], _bound(down[:C] * inputs, bias[:C, 0]), C + 1)
     up = torch.nn.functional.pad(wide["kv_b_proj.weight"] * latent.undo, (0, 1))
@@ -236,8 +246,9 @@ def deepseek_layer(
         "o_proj.bias": wide["o_proj.bias"],
     }
     if config.query_bias:
-        query_bias = wide["q_proj.bias"].unflatten(0, (H, N + R, 1)) * config.scale * (N + R) ** 0.5
-        result |= _biased_query(query, interleave(query_bias, R).flatten(0, 1), inputs)
+        by_head = wide["q_proj.bias"].unflatten(0, (H, N + R, 1))
+        query_bias = interleave(by_head, R).flatten(0, 1) * scale
+        result |= _biased_query(query, query_bias, inputs)
     else:
         result["q_proj.weight"] = query
     return {name: x.to(weight).contiguous() for name, x in result.items()}
@@ -283,7 +294,8 @@ def beside_constant(weight: Tensor, bias: Tensor, largest: float, width: int) ->
     gain = 2.0 ** round(math.log2(CONSTANT / width**0.5))
     wide_weight = weight.new_zeros(width, weight.shape[1])
     wide_bias = bias.new_zeros(width)
-    wide_weight[:C], wide_bias[:C], wide_bias[-1] = scale * weight, scale * bias, CONSTANT
+    wide_weight[:C], wide_bias[:C] = scale * weight, scale * bias
+    wide_bias[-1] = CONSTANT
     norm = bias.new_full((width,), gain)
     norm[C:] = 0.0
     return BesideConstant(wide_weight, wide_bias, norm, CONSTANT / (scale * gain * width**0.5))
@@ -299,4 +311,5 @@ def interleave(rows: Tensor, rope_dim: int) -> Tensor:
     """The last R rows of ``[.., rows, E]`` from half-split pairs to interleaved ones."""
     before, rotated = rows.split([rows.shape[-2] - rope_dim, rope_dim], dim=-2)
     first, second = rotated.chunk(2, dim=-2)
-    return torch.cat([before, torch.stack([first, second], dim=-2).flatten(-3, -2)], dim=-2)
+    pairs = torch.stack([first, second], dim=-2).flatten(-3, -2)
+    return torch.cat([before, pairs], dim=-2)

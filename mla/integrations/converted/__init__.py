@@ -14,10 +14,18 @@ Files:
     layer.py      a converted layer under transformers' calling convention
     model.py      convert, build, save, load
     coded.py      the quality of 8- and 4-bit rows
+    deepseek.py   a converted model as a stock `DeepseekV3ForCausalLM`
 """
 
 from mla.integrations.converted.calibrate import Progress, calibrate
 from mla.integrations.converted.coded import coded_rows, through_codec
+from mla.integrations.converted.deepseek import (
+    ExportCheck,
+    check_export,
+    convert_to_deepseek_v3,
+    export_deepseek_v3,
+    to_deepseek_v3,
+)
 from mla.integrations.converted.hosts import HostAttention, read_host
 from mla.integrations.converted.layer import ConvertedAttention
 from mla.integrations.converted.model import (
@@ -31,14 +39,19 @@ from mla.integrations.converted.model import (
 __all__ = [
     "Conversion",
     "ConvertedAttention",
+    "ExportCheck",
     "HostAttention",
     "Progress",
     "build_model",
     "calibrate",
+    "check_export",
     "coded_rows",
     "convert_model",
+    "convert_to_deepseek_v3",
+    "export_deepseek_v3",
     "load_converted",
     "read_host",
     "save_converted",
     "through_codec",
+    "to_deepseek_v3",
 ]

@@ -22,7 +22,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from mla.checks import UnsupportedError
+from mla.checks import ShapeError, UnsupportedError
 from mla.config import MLAConfig
 from mla.convert import token_losses
 from mla.convert.checkpoint import LAYER_PREFIX, check_folder, whole_folder
@@ -45,6 +45,7 @@ from mla.integrations.converted.model import (
 REPORT_FILE = "conversion.json"
 OP = "export_deepseek_v3"
 FORMAT = "mla-deepseek-v3"
+CHECKED = 256  # tokens read after an export
 HOST_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act"),
     *("max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache"),
@@ -81,7 +82,7 @@ def convert_to_deepseek_v3(
         calibrate_progress, layout_progress, convert_progress: as for `convert_model`.
 
     Returns:
-        The conversion in our own form, and how the folder compares on the first window.
+        The conversion in our own form, and how the folder compares on the first 256 tokens.
 
     Raises:
         UnsupportedError: the model's attention or MLPs have no place in the layout.
@@ -89,6 +90,10 @@ def convert_to_deepseek_v3(
     """
     check_target(path, overwrite)
     check_mlps(model)
+    if windows.ndim == 2 and windows.shape[1] < 2:
+        raise ShapeError(
+            f"{OP}: windows has shape {tuple(windows.shape)}, expected [W, T] with T >= 2"
+        )
     conversion = convert_model(
         model,
         windows,
@@ -99,7 +104,7 @@ def convert_to_deepseek_v3(
         convert_progress=convert_progress,
     )
     export_deepseek_v3(conversion, path, tokenizer=tokenizer, overwrite=overwrite)
-    return conversion, check_export(conversion, path, windows[:1])
+    return conversion, check_export(conversion, path, windows[:1, :CHECKED])
 
 
 def export_deepseek_v3(
