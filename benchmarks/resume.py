@@ -23,13 +23,15 @@ SOURCES = ("mla/**/*.py", "mla/_C.*", "csrc/*", "benchmarks/*.py")
 
 
 class Effort(NamedTuple):
-    """How thorough a run is."""
+    """How thorough a run is, and what its rows were priced with."""
 
     quick: bool
     rounds: int
+    price_per_hour: float | None = None
 
     def suffices_for(self, other: Effort) -> bool:
-        return self.quick <= other.quick and self.rounds >= other.rounds
+        has_price = other.price_per_hour in (None, self.price_per_hour)
+        return has_price and self.quick <= other.quick and self.rounds >= other.rounds
 
 
 class Finished(NamedTuple):
@@ -81,7 +83,7 @@ class Journal:
 
     def _write(self, ceilings: Mapping[str, float]) -> None:
         entries = [
-            {"point": x.point, **x.effort._asdict(), "rows": len(x.rows)} for x in self._finished
+            {"point": x.point, "effort": x.effort, "num_rows": len(x.rows)} for x in self._finished
         ]
         more = {"source": source(), "ceilings": dict(ceilings), "finished": entries}
         write(self.name, [row for x in self._finished for row in x.rows], self.folder, more)
@@ -96,8 +98,8 @@ class Journal:
             return []
         rows, finished = iter(document["rows"]), []
         for entry in document["finished"]:
-            own = [_without_name(next(rows)) for _ in range(entry["rows"])]
-            finished.append(Finished(entry["point"], Effort(entry["quick"], entry["rounds"]), own))
+            own = [_without_name(next(rows)) for _ in range(entry["num_rows"])]
+            finished.append(Finished(entry["point"], Effort(*entry["effort"]), own))
         return finished
 
 

@@ -281,7 +281,8 @@ def run(benchmark: Benchmark, options: Options, console: Console) -> Count:
     if reason is not None:
         console.print(f"{name}: skipped: {reason}", soft_wrap=True)
         return Count()
-    journal = Journal(name, options.out, Effort(options.quick, options.rounds), fresh=options.fresh)
+    effort = Effort(options.quick, options.rounds, options.price_per_hour)
+    journal = Journal(name, options.out, effort, fresh=options.fresh)
     missing = [point for point in points if journal.rows_of(point) is None]
     kept = len(points) - len(missing)
     if kept:

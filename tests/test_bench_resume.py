@@ -113,6 +113,13 @@ def test_a_thorough_run_serves_a_quick_one_but_not_the_other_way_round(tmp_path)
     assert [S for S, *_ in rows_in(tmp_path)] == [1, 1, 3, 3]  # and no row twice
 
 
+def test_rows_without_the_price_that_is_asked_for_are_measured_again(tmp_path):
+    Trace(points=(1,)).run(tmp_path)
+    assert Trace(points=(1,)).run(tmp_path, price_per_hour=2.0) == (1, 0, 0)
+    assert Trace(points=(1,)).run(tmp_path, price_per_hour=3.0) == (1, 0, 0)
+    assert Trace(points=(1,)).run(tmp_path) == (0, 1, 0)
+
+
 def test_a_broken_file_is_no_earlier_run(tmp_path):
     (tmp_path / "trace.json").write_text('{"rows": [')
     assert Trace(points=(1,)).run(tmp_path) == (1, 0, 0)
