@@ -72,7 +72,7 @@ def test_the_text_names_the_scope_the_source_and_the_messages(capsys, tmp_path):
         "messages one after another in a step: 8 = tensor 8: 854",
         "Attention layers alone, without embeddings, MLPs and experts",
         "--memory-for-cache is what weights leave",
-        "a million tokens",
+        "cost of 1M tokens",
     ):
         assert part in out
     assert main([*arguments, "--latency", "2", "--memory-for-cache", "1G"]) == 0

@@ -237,7 +237,7 @@ def test_a_cache_that_fits_nowhere_has_no_split():
 
 def test_data_sheets_are_plausible_and_say_where_they_are_from():
     for device in DEVICES.values():
-        assert device.link in LINKS and device.source and device.pattern
+        assert device.link in LINKS and device.source and device.driver_name
         assert 1e10 < device.memory < 1e12 and 1e11 < device.bytes_per_second < 1e13
         assert 100 < device.flops_per_second / device.bytes_per_second < 500
     assert all(link.source and 1e10 < link.bytes_per_second < 1e12 for link in LINKS.values())
@@ -249,7 +249,7 @@ def test_data_sheets_are_plausible_and_say_where_they_are_from():
 def test_given_limits_are_checked():
     given_limits = {"memory": 1e9, "bytes_per_second": 2e9, "flops_per_second": 3e9}
     device = given_device("mine", **given_limits)
-    assert (device.memory, device.node, device.pattern) == (1e9, 1, "")
+    assert (device.memory, device.node, device.driver_name) == (1e9, 1, "")
     for name in given_limits:
         with pytest.raises(ValueError, match=f"{name} has value 0"):
             given_device("mine", **{**given_limits, name: 0})

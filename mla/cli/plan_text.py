@@ -67,7 +67,7 @@ def _columns(price: bool) -> tuple[str, ...]:
     return (
         *("devices", "cache of each", "projections", "bound by", "attention", "bound by"),
         *("sent by each", "exchange", "step", "layer", "tokens/s"),
-        *["a million tokens"] * price,
+        *["cost of 1M tokens"] * price,
     )
 
 

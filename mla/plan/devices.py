@@ -12,6 +12,10 @@ from typing import NamedTuple
 
 from mla.checks import UnsupportedError
 
+# Devices whose limits the user gives: of any kind, or of a processor, whose rows `measured` reads.
+PROCESSOR = "cpu"
+GIVEN = ("custom", PROCESSOR)
+
 
 class Link(NamedTuple):
     """What one device can send."""
@@ -31,7 +35,7 @@ class Device(NamedTuple):
     link: str  # inside a node, a key of `LINKS`
     node: int  # devices of a node
     source: str
-    pattern: str = ""  # part of the name that the driver gives it; "" where rows cannot be its
+    driver_name: str = ""  # as rows have it; `PROCESSOR`: any; "": none
 
 
 LINKS: dict[str, Link] = {
@@ -50,43 +54,39 @@ DEVICES: dict[str, Device] = {
     "h100": Device(
         *("H100 SXM", 80e9, 3.35e12, 989.4e12, "nvlink4", 8),
         source="NVIDIA H100 data sheet, SXM column: 1,979 TFLOP/s with sparsity",
-        pattern="H100",
+        driver_name="NVIDIA H100 80GB HBM3",
     ),
     "h200": Device(
         *("H200 SXM", 141e9, 4.8e12, 989.4e12, "nvlink4", 8),
         source="NVIDIA H200 data sheet: 1,979 TFLOP/s with sparsity",
-        pattern="H200",
+        driver_name="NVIDIA H200",
     ),
     "a100": Device(
         *("A100 SXM 80GB", 80e9, 2.039e12, 312e12, "nvlink3", 8),
         source="NVIDIA A100 data sheet, 80GB SXM column",
-        pattern="A100-SXM4-80GB",
+        driver_name="NVIDIA A100-SXM4-80GB",
     ),
     "l40s": Device(
         *("L40S", 48e9, 864e9, 362.05e12, "pcie4", 8),
         source="NVIDIA L40S data sheet: 733 TFLOP/s with sparsity; no NVLink",
-        pattern="L40S",
+        driver_name="NVIDIA L40S",
     ),
     "b200": Device(
         *("B200 SXM", 180e9, 8e12, 2250e12, "nvlink5", 8),
         source="NVIDIA HGX B200 data sheet: 36 PFLOP/s with sparsity and 1.44 TB for eight",
-        pattern="B200",
+        driver_name="NVIDIA B200",
     ),
     "mi300x": Device(
         *("MI300X", 192e9, 5.3e12, 1307.4e12, "xgmi3", 8),
         source="AMD Instinct MI300X data sheet, matrix bfloat16",
-        pattern="MI300X",
+        driver_name="AMD Instinct MI300X",
     ),
     "rtx4090": Device(
         *("RTX 4090", 24e9, 1.008e12, 165.2e12, "pcie4", 8),
         source="NVIDIA Ada architecture paper: float32 sums; eight cards in a node are assumed",
-        pattern="RTX 4090",
+        driver_name="NVIDIA GeForce RTX 4090",
     ),
 }
-
-# Devices whose limits the user gives: of any kind, or of a processor, whose rows `measured` reads.
-PROCESSOR = "cpu"
-GIVEN = ("custom", PROCESSOR)
 
 
 def device_of(name: str) -> Device:
@@ -133,9 +133,9 @@ def given_device(
         if not 0 < value < math.inf:
             raise ValueError(f"given_device: {key} has value {value}, expected above 0 and finite")
     link_of(link)
-    pattern = PROCESSOR if name == PROCESSOR else ""
+    driver_name = PROCESSOR if name == PROCESSOR else ""
     limits = (memory, bytes_per_second, flops_per_second)
-    return Device(name, *limits, link, node, "as given", pattern)
+    return Device(name, *limits, link, node, "as given", driver_name)
 
 
 def link_of(name: str) -> Link:

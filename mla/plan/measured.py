@@ -87,7 +87,7 @@ def shares(rows: Iterable[Row], device: Device) -> list[Measured]:
     found = []
     for row in rows:
         try:
-            one = _of_processor(row) if device.pattern == PROCESSOR else _of_gpu(row, device)
+            one = _of_processor(row) if device.driver_name == PROCESSOR else _of_gpu(row, device)
         except (KeyError, ValueError) as error:
             name = row["benchmark"]
             raise ValueError(
@@ -153,7 +153,7 @@ def _of_processor(row: Row) -> Measured | None:
 def _of_gpu(row: Row, device: Device) -> Measured | None:
     """A row of `benchmarks.gpu_decode`, one query a sequence."""
     is_ours = row["benchmark"] == "gpu_decode" and row.get("impl") == OURS["gpu_decode"]
-    is_here = bool(device.pattern) and device.pattern in row.get("device", "")
+    is_here = row.get("device") == device.driver_name
     if not is_ours or not is_here or row.get("L") != "1" or not row.get("median_ms"):
         return None
     work = Work(int(row["bytes"]), int(row["flops"]))
