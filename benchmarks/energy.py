@@ -173,10 +173,10 @@ class EnergyMeter:
             )
 
     def _read(self) -> list[int] | None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
         if self._source is None:
             return None
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         try:
             return self._source.read()
         except OSError as error:
@@ -192,10 +192,8 @@ def source_of(device: torch.device) -> Source:
     """
     if device.type == "cpu":
         return Rapl(POWERCAP)
-    if device.type != "cuda" or torch.version.hip:
-        raise OSError(
-            f"there is no counter for {device.type} here" + " with ROCm" * bool(torch.version.hip)
-        )
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        raise OSError(f"there is no counter for {device.type} in this build and machine")
     return Nvml(str(torch.cuda.get_device_properties(device).uuid))
 
 

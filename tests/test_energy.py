@@ -171,8 +171,27 @@ def test_a_gpu_counter_that_fails_later_gives_no_joules(monkeypatch):
     assert meter.joules is None and meter.reason_absent == "no energy: NVML: Not Supported"
 
 
-def test_other_accelerators_have_no_source():
-    assert EnergyMeter("mps").reason_absent == "no energy: there is no counter for mps here"
+@pytest.mark.parametrize("device", ["mps", "cuda"])
+def test_devices_without_counters_say_so(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with EnergyMeter(device) as meter:
+        pass
+    assert meter.joules is None
+    assert meter.reason_absent.startswith(f"no energy: there is no counter for {device} in")
+
+
+def test_a_gpu_is_found_by_its_uuid_and_waited_for(monkeypatch):
+    waits = []
+    monkeypatch.setitem(sys.modules, "pynvml", fake_pynvml([5, 1000, 4500]))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    properties = types.SimpleNamespace(uuid="12-34")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with EnergyMeter("cuda:1") as meter:
+        assert waits == [torch.device("cuda:1")]
+    assert meter.joules == pytest.approx(3.5) and meter.source == "NVML GPU-12-34"
+    assert len(waits) == 2
 
 
 def test_columns_are_empty_where_nothing_is_known():
