@@ -27,10 +27,14 @@ from torch.nn import functional as F
 
 from mla import PagedLatentCache
 from mla.cache import PagedBatch
-from mla.parallel.context_layer import shard_context
-from mla.parallel.sequence import gather_sequence, shard_of, shard_sequence
-from mla.parallel.tensor import shard_heads
-from mla.parallel.traffic import count_traffic
+from mla.parallel import (
+    count_traffic,
+    gather_sequence,
+    shard_context,
+    shard_heads,
+    shard_of,
+    shard_sequence,
+)
 
 CONFIG = ModelConfig(
     attention="mla",

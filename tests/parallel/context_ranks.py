@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from mla import DenseLatentCache, MLAConfig, MultiheadLatentAttention, PagedLatentCache
 from mla.cache import PagedBatch
-from mla.codec import Codec
+from mla.codec import Codec, PlainCodec
 from mla.parallel.context import context_decode, context_prefill, sum_gradients
 from mla.parallel.context_layer import shard_context
 from mla.parallel.sequence import all_gather, gather_sequence, shard_of, shard_sequence
@@ -110,6 +113,9 @@ TRAFFIC_CALLS: dict[str, Any] = {
     "all_reduce": lambda: dist.all_reduce(torch.ones(12)),
     "all_to_all": lambda: dist.all_to_all_single(torch.empty(12), torch.ones(12)),
     "broadcast": lambda: dist.broadcast(torch.ones(12), 0),
+    "scatter": lambda: dist.scatter(
+        torch.empty(4), list(torch.ones(3, 4)) if dist.get_rank() == 0 else None
+    ),
     "functional_all_gather": _functional("all_gather_into_tensor"),
     "functional_reduce_scatter": _functional("reduce_scatter_tensor", "sum"),
     "functional_all_reduce": _functional("all_reduce", "sum"),
@@ -172,7 +178,8 @@ class LayerWork(NamedTuple):
         )
         poison_(pool.rows(0))
         batch = pool.batch([pool.allocate() for _ in self.lengths], max_length=longest)
-        batch.reserve(self.lengths)
+        if any(length != self.lengths[0] or length % (2 * shard[1]) for length in self.lengths):
+            batch.reserve(self.lengths)  # padded; otherwise the layer reserves for its caller
         return batch
 
 
@@ -235,6 +242,37 @@ def layers_of_all(
     ]
 
 
+def traffic_of_layer(config: MLAConfig, B: int, S: int, L: int, heads: int) -> dict[str, Any]:
+    """Bytes of a prefill of S tokens in training and of a step of L tokens, by kind."""
+    sizes = (dist.get_world_size() // heads, heads)
+    both = init_device_mesh("cpu", sizes, mesh_dim_names=("cp", "tp"))
+    mesh = Mesh(both["cp"], both["tp"] if heads > 1 else None)
+    item = LayerWork(config, 0, torch.float32, PlainCodec(), 4, (S,) * B, (L,))
+    layer, batch = mesh.cut(item.layer()), item.batch(mesh.shard)
+    prompt, step = item.hidden_states()
+    part = shard_sequence(prompt, mesh.shard)
+    found: dict[str, Any] = {}
+    with count_traffic() as traffic:
+        out = layer(part)
+    found["forward"] = dict(traffic.bytes)
+    with count_traffic() as traffic:
+        out.sum().backward()
+    found["backward"] = dict(traffic.bytes)
+    with torch.no_grad():
+        layer(part, cache=batch)
+        with count_traffic() as traffic:
+            layer(step, cache=batch)
+    found["step"] = dict(traffic.bytes)
+    return found
+
+
+def traffic_of_decode(work: DecodeWork) -> int:
+    with count_traffic() as traffic:
+        decode_all([work])
+    assert sum(traffic.calls.values()) == 1
+    return traffic.total
+
+
 def one_raises(item: DecodeWork) -> None:
     """Every rank but the last waits in the merge for one that never comes."""
     if dist.get_rank() == dist.get_world_size() - 1:
@@ -269,3 +307,17 @@ def refusals() -> list[str]:
             messages.append("nothing was raised")
     assert dense.max_length == 0
     return messages
+
+
+def run_example(splits: Sequence[tuple[int, int]], path: str) -> list[bool]:
+    """What examples/generate_parallel.py finds for these (tensor, context) splits."""
+    sys.path.append(path)
+    from generate_parallel import run
+
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
+    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
+    options = {"prompt": "one page of context and some more", "tokens": 8, "seed": 0}
+    return [
+        run(argparse.Namespace(tensor_parallel=tensor, context_parallel=context, **options))
+        for tensor, context in splits
+    ]

@@ -13,11 +13,14 @@ from context_ranks import (
     one_raises,
     refusals,
     run_layer,
+    traffic_of_decode,
+    traffic_of_layer,
     train_layer,
 )
 from helpers import assert_within_budget
 from hypothesis import given
 from hypothesis import strategies as st
+from layers import SMALL
 from processes import RanksFailed, run_ranks
 from strategies import CODECS, SEEDS, DecodeCase
 from test_context import DRAWN, decode_work
@@ -26,6 +29,11 @@ from test_module import CONFIGS
 from torch import Tensor
 
 from mla.codec import PlainCodec
+from mla.plan import (
+    context_parallel_decode_bytes,
+    context_parallel_prefill_bytes,
+    tensor_parallel_bytes,
+)
 
 
 @st.composite
@@ -106,6 +114,39 @@ def test_the_others_end_when_a_rank_raises():
     assert "this rank gives up" in raised
     assert "wait_tensor" in waited or "closed" in waited.lower()
     assert failure.value.seconds < 15
+
+
+@pytest.mark.parametrize(("count", "heads"), [(2, 1), (4, 2)])
+def test_bytes_of_a_layer_are_those_of_the_formulas(count, heads):
+    B, S, L = 2, 8, 3
+    config = replace(SMALL, num_attention_heads=4)
+    k, e = count // heads, 4
+    options: dict[str, Any] = {"batch": B, "dtype": torch.float32}
+    gathered = context_parallel_prefill_bytes(config, num_tokens=S, context=k, **options).sent
+    assert gathered == (k - 1) * B * S // k * (config.kv_lora_rank + config.qk_rope_head_dim) * e
+    merged = context_parallel_decode_bytes(
+        config, batch=B, context=k, tensor=heads, new_tokens=L
+    ).sent
+    assert merged == (k - 1) * B * L * (4 // heads) * (config.v_head_dim + 1) * e
+    reduced = {
+        n: {"all_reduce": tensor_parallel_bytes(config, tensor=heads, new_tokens=n, **options).sent}
+        for n in (S // k, L)
+        if heads > 1
+    }
+    for found in run_ranks(traffic_of_layer, count, config, B, S, L, heads):
+        assert found["forward"] == {"all_gather": gathered, **reduced.get(S // k, {})}
+        assert found["backward"]["reduce_scatter"] == gathered
+        assert found["step"] == {"all_gather": merged, **reduced.get(L, {})}
+
+
+def test_bytes_of_decode_are_those_of_the_plan():
+    case = replace(EXAMPLE, L=2, lengths=(7, 3))
+    config = replace(
+        SMALL, num_attention_heads=case.H, kv_lora_rank=case.C, qk_rope_head_dim=case.R
+    )
+    plan = context_parallel_decode_bytes(config, batch=2, context=3, new_tokens=2, width=case.C)
+    for found in run_ranks(traffic_of_decode, 3, decode_work(case, 3, None)):
+        assert found == plan.sent == 2 * 2 * 2 * case.H * (case.C + 1) * 4
 
 
 REFUSED = [

@@ -13,6 +13,7 @@ EXPECTED = {
     "all_reduce": ("all_reduce", 2 * 2 * 48 // 3),
     "all_to_all": ("all_to_all", 2 * 48 // 3),
     "broadcast": ("broadcast", 48),
+    "scatter": ("scatter", 16),
     "functional_all_gather": ("all_gather", 2 * 48),
     "functional_reduce_scatter": ("reduce_scatter", 2 * 16),
     "functional_all_reduce": ("all_reduce", 2 * 2 * 48 // 3),
