@@ -4,6 +4,8 @@
 here when the code changes. Add a break with each new capability: the one that a reader would miss.
 """
 
+from mutants_context import MUTANTS as BREAKS_OF_CONTEXT
+from mutants_convert import MUTANTS as BREAKS_OF_CONVERSION
 from mutants_cpp import MUTANTS as BREAKS_OF_CPP
 from mutants_files import MUTANTS as BREAKS_OF_FILES
 from mutants_kernels import MUTANTS as BREAKS_OF_KERNELS
@@ -38,8 +40,10 @@ MUTANTS: list[Mutant] = [
     *BREAKS_OF_FILES,
     *BREAKS_OF_PAGES,
     *BREAKS_OF_CPP,
+    *BREAKS_OF_CONVERSION,
     *BREAKS_OF_VLLM,
     *BREAKS_OF_PLAN,
+    *BREAKS_OF_CONTEXT,
     Mutant(
         name="scale-forgets-the-rotated-width",
         file="mla/config.py",

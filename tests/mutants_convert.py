@@ -1,0 +1,66 @@
+"""Breaks of the conversion into the layout of DeepSeek-V3; see mutants.py."""
+
+from tools.mutants import Mutant
+
+DEEPSEEK = "tests/test_convert_deepseek.py"
+FULL_RANK = f"{DEEPSEEK}::test_full_rank_gives_the_logits_and_tokens_of_the_original"
+BUDGET = f"{DEEPSEEK}::test_a_budget_gives_the_logits_of_the_conversion"
+
+MUTANTS: list[Mutant] = [
+    Mutant(
+        name="deepseek-lets-the-norm-see-the-latent-alone",
+        file="mla/convert/deepseek.py",
+        original="wide_bias[-1] = CONSTANT",
+        broken="wide_bias[-1] = LARGEST",
+        tests=(f"{DEEPSEEK}::test_the_norm_changes_nothing_beside_a_constant",),
+    ),
+    Mutant(
+        name="deepseek-forgets-the-bias-in-the-bound-of-the-latent",
+        file="mla/convert/deepseek.py",
+        original="return float((square * weight.shape[1]).sqrt() + bias.norm())",
+        broken="return float(square.sqrt() + bias.norm())",
+        tests=(f"{DEEPSEEK}::test_no_input_takes_the_latent_beyond_its_range",),
+    ),
+    Mutant(
+        name="deepseek-keeps-the-pairs-half-split",
+        file="mla/convert/deepseek.py",
+        original="pairs = torch.stack([first, second], dim=-2).flatten(-3, -2)",
+        broken="pairs = rotated",
+        tests=(f"{FULL_RANK}[dtype0-llama]",),
+    ),
+    Mutant(
+        name="deepseek-forgets-the-scale-of-the-query-bias",
+        file="mla/convert/deepseek.py",
+        original="query_bias = interleave(by_head, R).flatten(0, 1) * scale",
+        broken="query_bias = interleave(by_head, R).flatten(0, 1)",
+        tests=(f"{FULL_RANK}[dtype0-qwen2]",),
+    ),
+    Mutant(
+        name="deepseek-counts-the-constant-for-nothing",
+        file="mla/convert/deepseek.py",
+        original="sizes = [(R, C - 1) for R, C in pairs if R >= 2 and C >= 2]",
+        broken="sizes = [(R, C) for R, C in pairs if R >= 2 and C >= 2]",
+        tests=(f"{DEEPSEEK}::test_the_constant_counts",),
+    ),
+    Mutant(
+        name="deepseek-writes-frequencies-for-factors",
+        file="mla/convert/deepseek.py",
+        original="factors = (1.0 / (standard.double() * wanted)).tolist()",
+        broken="factors = (wanted / standard.double()).tolist()",
+        tests=(f"{DEEPSEEK}::test_transformers_reads_the_frequencies_that_were_written",),
+    ),
+    Mutant(
+        name="deepseek-orders-losses-of-a-frequency-from-the-smallest",
+        file="mla/convert/deepseek.py",
+        original="return by_frequency.sort(1, descending=True).values",
+        broken="return by_frequency",
+        tests=(f"{DEEPSEEK}::test_the_shared_list_costs_all_layers_together_least",),
+    ),
+    Mutant(
+        name="deepseek-overwrites-any-folder",
+        file="mla/integrations/converted/deepseek.py",
+        original='if not isinstance(values, dict) or values.get("format") != FORMAT:',
+        broken='if isinstance(values, dict) and values.get("format") != FORMAT:',
+        tests=(f"{DEEPSEEK}::test_overwrite_replaces_an_exported_model_only",),
+    ),
+]
