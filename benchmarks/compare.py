@@ -3,8 +3,8 @@
 Two processes, one for each version, hold the same case with the same inputs and take turns, round
 by round, so that load meets both. The benchmarks are those of this tree for both versions.
 
-A round gives one ratio, time here over time in BASE: processor time of the busiest thread on a CPU,
-wall time on an accelerator. The interval is that of a sign test: between which of the sorted ratios
+A round gives one ratio, time here over time in BASE: processor time of the busiest thread, or wall
+time where there is a GPU. The interval is that of a sign test: between which of the sorted ratios
 the median lies with 99 % confidence, whatever their distribution.
 
     slower   the interval lies above 1.05, and again in a second pair of processes
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None, *, root: Path = ROOT) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("base", metavar="BASE", help="a version that git knows: main~3, a tag")
     arguments.add_argument("names", nargs="*", metavar="NAME", help="benchmarks (default: all)")
-    parsed = arguments.parse_args(argv)
+    parsed = arguments.parse_intermixed_args(argv)
     rounds = parsed.rounds or (QUICK_ROUNDS if parsed.quick else ROUNDS)
     options = replace(options_from(parsed), rounds=rounds)
     console = terminal()

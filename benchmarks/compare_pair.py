@@ -22,6 +22,7 @@ from benchmarks.sweep import Options
 Rounds = list[tuple[float, float]]  # seconds in BASE and here, one entry a round
 ENOUGH_SECONDS, MOST_CALLS = 4e-3, 20  # of one candidate in one round
 FEWEST_ROUNDS = 9
+WALL, CPU = 0, 1  # places in a worker's times
 
 
 class WorkerError(ValueError):
@@ -141,7 +142,7 @@ class Pair:
         rounds: dict[str, Rounds] = {impl: [] for impl in both}
         if both:
             calls = {impl: _calls(max(x[impl] for x in ready)) for impl in both}
-            clock = 0 if str(point.get("device", "cpu")) != "cpu" else 1
+            clock = WALL if torch.cuda.is_available() else CPU
             deadline = time.monotonic() + self.options.seconds
             for index in range(self.options.rounds):
                 if index >= FEWEST_ROUNDS and time.monotonic() > deadline:

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(benchmarks)} (default: all)"
     )
-    parsed = arguments.parse_args(argv)
+    parsed = arguments.parse_intermixed_args(argv)
     unknown = set(parsed.names) - set(benchmarks)
     if unknown:
         print(f"bench: failed: no benchmark {', '.join(sorted(unknown))}", file=sys.stderr)
