@@ -116,6 +116,7 @@ def test_the_nearest_row_of_the_same_kind_counts():
     assert near(V3, Load(4096), Group(tensor=8)).H == 16
     assert near(V3, Load(4096), Group(tensor=4)) is None  # no row of 32 heads
     assert near(v2, Load(4096, codec=Fp8Codec())).codec == "fp8"
+    assert near(v2, Load(4096, codec=Fp8Codec(group=64))) is None  # rows have its defaults
     assert near(v2, Load(4096, codec=Int8Codec())) is None
     assert near(v2, Load(4096, dtype=torch.float16)) is None
     assert near(v2, Load(4096, new_tokens=2)) is None

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from mla.codec import PlainCodec, codec_from_spec
 from mla.config import MLAConfig
 from mla.plan.communication import heads_per_device
 from mla.plan.devices import PROCESSOR, Device
@@ -105,7 +106,9 @@ def nearest(
     """The row that is most like the attention of one device of the group, None without any."""
     if (config.kv_lora_rank, config.qk_rope_head_dim) != (C, R) or load.new_tokens != 1:
         return None
-    kind = "plain" if load.codec is None else load.codec.kind
+    kind = PlainCodec.kind if load.codec is None else load.codec.kind
+    if load.codec is not None and load.codec != codec_from_spec(kind):
+        return None  # rows are of each codec's defaults
     limit = attention_work(config, load, group).limit(device)
     wanted = (heads_per_device(config, group.tensor), kind, name_of(load.dtype), limit)
     alike = [one for one in measured if one.kind == wanted]
