@@ -23,7 +23,6 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     exit 1
 fi
 echo "vllm_env: making $venv (about a gigabyte) ..."
-rm -rf "$venv"
 mkdir -p .cache
 "$python" -m venv "$venv" >"$log" 2>&1 || fail "the environment was not made"
 install="$venv/bin/python -m pip install --disable-pip-version-check"

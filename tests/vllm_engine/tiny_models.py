@@ -58,10 +58,7 @@ def draw_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 @torch.no_grad()
 def expected_tokens(folder: Path, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
-    """The most likely tokens in float32 by transformers, prompt by prompt and without a cache.
-
-    Not by ``generate``: what that imports, vLLM fails on when it starts another engine here.
-    """
+    """The most likely tokens in float32 by transformers, prompt by prompt and without a cache."""
     from transformers import DeepseekV3ForCausalLM
 
     model = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
