@@ -113,6 +113,8 @@ def _notes(facts: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> list
         for one in shown
         for row in one["measured_rows"]
     ]
+    if any(one["measured_rows"] for one in shown):
+        lines.append("  python -m benchmarks.check_plan shows how far such shares are off.")
     messages = [
         f"{_name(one)}: {one['all_reduce']['messages'] + one['all_gather']['messages']:,}"
         for one in shown

@@ -7,6 +7,12 @@ bound is that of its data sheet. Rows of a processor carry their share of the li
 measured in the same run (column ``of_limit``, and ``bound``), or of its register peak alone (column
 ``share``). Of the rows with the same number of heads, codec, dtype and bound the nearest in B * S
 counts. There is no share where nothing like it was measured: then a prediction is the bound.
+
+How far that is off: ``python -m benchmarks.check_plan`` predicts every row from the others. On the
+committed rows of 2 threads of an AVX-512 EPYC, from 4096 cached tokens, measured time is 1.10 to
+4.3 times the bound (30 for one head, which memory bounds and the register peak does not), and the
+prediction from the nearest other row, four times longer or shorter, is off by -39 to +65 %. Calls
+of 128 tokens are mostly overhead that no share knows: 27 to 51 times the bound.
 """
 
 from __future__ import annotations
