@@ -111,7 +111,7 @@ def test_the_processes_of_vllm_find_the_plugin_by_themselves(model, tmp_path):
 
 def test_speculated_tokens_are_decoded_together(model, calls):
     """The last to start an engine in this process: it loads numba, whose objects vLLM stumbles over
-    when the next one starts (`register_triton_kernel_overrides` takes every ``vars`` for a dict)."""
+    when the next starts (`register_triton_kernel_overrides` takes every ``vars`` for a dict)."""
     prompts = [ids * 3 for ids in draw_prompts([1, 4, 6, 12], seed=1)]
     counts = [40, 30, 40, 20]
     with engine(model, attention_backend="CUSTOM", speculative_config=NGRAM) as llm:
