@@ -101,7 +101,7 @@ def effective_weight(kv_b_proj: nn.Module) -> Tensor:
     ``base + sum of scaling * B @ A`` over its active adapters, in the dtype of the base, and the
     base where adapters are merged or disabled. Where heads are sharded over processes
     (`mla.parallel.shard_heads`), these are the rows of the heads that this process has; training
-    takes `expansion`. Gradients reach every part; nothing is changed.
+    multiplies them with `with_whole_gradient`. Gradients reach every part; nothing is changed.
 
     Returns:
         ``[H*(N+V), C]``.
@@ -117,15 +117,8 @@ def effective_weight(kv_b_proj: nn.Module) -> Tensor:
     return _linear_weight(kv_b_proj)
 
 
-class Expansion(NamedTuple):
-    """What keys and values are made of."""
-
-    weight: Tensor
-    latent: Tensor
-
-
-def expansion(kv_b_proj: nn.Module, latent: Tensor) -> Expansion:
-    """`effective_weight` and the latent to multiply it with, so that gradients are whole.
+def with_whole_gradient(latent: Tensor, kv_b_proj: nn.Module) -> Tensor:
+    """The latent to multiply `effective_weight` with, for training.
 
     Where heads are sharded, each process gets the gradient of the latent through its own heads;
     the backward pass sums them over the processes, as the forward of a column-wise sharded layer
@@ -134,14 +127,25 @@ def expansion(kv_b_proj: nn.Module, latent: Tensor) -> Expansion:
     Args:
         latent: ``[.., C]``, the same on all processes.
     """
-    weight = effective_weight(kv_b_proj)
     mesh = getattr(getattr(kv_b_proj, "weight", None), "device_mesh", None)
-    if mesh is not None and latent.requires_grad and torch.is_grad_enabled():
-        from torch.distributed.tensor import DTensor, Partial, Replicate
+    if mesh is None or not (latent.requires_grad and torch.is_grad_enabled()):
+        return latent
+    from torch.distributed.tensor import DTensor, Partial, Replicate
 
-        whole = DTensor.from_local(latent, mesh, [Replicate()], run_check=False)
-        latent = whole.to_local(grad_placements=[Partial()])
-    return Expansion(weight, latent)
+    whole = DTensor.from_local(latent, mesh, [Replicate()], run_check=False)
+    return whole.to_local(grad_placements=[Partial()])
+
+
+class Expansion(NamedTuple):
+    """What keys and values are made of."""
+
+    weight: Tensor
+    latent: Tensor
+
+
+def expansion(kv_b_proj: nn.Module, latent: Tensor) -> Expansion:
+    """`effective_weight`, and ``latent [.., C]`` `with_whole_gradient`."""
+    return Expansion(effective_weight(kv_b_proj), with_whole_gradient(latent, kv_b_proj))
 
 
 def local_part(weight: Tensor) -> Tensor:

@@ -19,7 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mla.absorb import absorb_output, absorb_queries, effective_weight, split_kv_b
+from mla.absorb import (
+    absorb_output,
+    absorb_queries,
+    effective_weight,
+    split_kv_b,
+    with_whole_gradient,
+)
 from mla.checks import UnsupportedError
 from mla.integrations.transformers.masks import KeyRuns, boolean_mask, key_runs
 from mla.ops import mla_decode, mla_gather, mla_prefill
@@ -174,7 +180,7 @@ def attend_keys(
     latent, k_rope = keys.first(runs.num_keys, dtype)
     return mla_prefill(
         query.transpose(1, 2),
-        latent[:, 0],
+        with_whole_gradient(latent[:, 0], kv_b_proj),
         k_rope[:, 0],
         weight,
         scale=scale,
