@@ -191,6 +191,20 @@ def test_a_point_without_memory_is_a_row_and_the_run_goes_on(tmp_path, capsys, e
     assert "out of memory" in capsys.readouterr().out
 
 
+def test_figures_leave_out_rows_without_memory(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    times = {"p20_ms": 1.0, "median_ms": 2.0, "p80_ms": 3.0, "status": "ok"}
+    rows = [{"dtype": "float32", "S": S, "impl": "ours", **times} for S in (8, 16)]
+    failed = {**dict.fromkeys(times), "status": "out of memory"}
+    rows.append({"dtype": "float32", "S": 32, "impl": "ours", **failed})
+    rows.append({"dtype": "float32", "S": 64, "status": "out of memory"})
+    report.write("layer", rows, tmp_path)
+    assert plot.main([str(tmp_path), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "layer.png").is_file()
+
+
 def test_other_errors_are_not_taken_for_memory():
     assert not is_out_of_memory(RuntimeError("shape '[2]' is invalid for input of size 3"))
     assert not is_out_of_memory(ValueError("out of memory"))
