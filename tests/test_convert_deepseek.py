@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -284,6 +285,14 @@ def test_a_loaded_conversion_is_exported_as_well(tmp_path):
     check = check_export(conversion, tmp_path / "v3", tokens(2, 9, seed=2))
     assert 0 < check.logit_difference < 1e-5 * check.largest_logit
     assert check.exported_loss == pytest.approx(check.loss, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_check_does_not_hide_what_is_no_number(tmp_path):
+    conversion = converted()
+    export_deepseek_v3(conversion, tmp_path / "v3")
+    conversion.model.model.norm.weight[0] = torch.nan
+    assert math.isnan(check_export(conversion, tmp_path / "v3", tokens(2, 5)).logit_difference)
 
 
 def test_nothing_is_left_of_a_failed_export(tmp_path):

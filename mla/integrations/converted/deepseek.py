@@ -143,14 +143,15 @@ def check_export(conversion: Conversion, path: Path | str, windows: Tensor) -> E
     """
     stock = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
     stock = stock.to(conversion.model.device).eval()
-    difference = largest = 0.0
+    differences, sizes = [], []
     for window in windows.to(stock.device):
         expected, actual = (
             model(input_ids=window[None], use_cache=False).logits.float()
             for model in (conversion.model, stock)
         )
-        difference = max(difference, float((actual - expected).abs().max()))
-        largest = max(largest, float(expected.abs().max()))
+        differences.append((actual - expected).abs().max())
+        sizes.append(expected.abs().max())
+    difference, largest = (float(torch.stack(x).max()) for x in (differences, sizes))
     losses = (float(token_losses(model, windows).mean()) for model in (conversion.model, stock))
     return ExportCheck(difference, largest, *losses)
 
