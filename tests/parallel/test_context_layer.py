@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from layers import SMALL
 from processes import RanksFailed, run_ranks
 from strategies import CODECS, SEEDS, DecodeCase
-from test_context import DRAWN, decode_work
+from test_context import DRAWN, TIMEOUT, decode_work
 from test_decode import F64
 from test_module import CONFIGS
 from torch import Tensor
@@ -71,7 +71,7 @@ def test_the_layer_is_that_of_one_process(data, count, heads):
     fixed = {"heads": st.sampled_from([2, 6])} if heads > 1 else {}
     inference = data.draw(st.lists(layer_work(**fixed), min_size=5, max_size=5))
     training = [draw_training(data.draw, count // heads, **fixed) for _ in range(3)]
-    ranks = run_ranks(layers_of_all, count, inference, training, heads)
+    ranks = run_ranks(layers_of_all, count, inference, training, heads, timeout=TIMEOUT)
     for i, item in enumerate(inference):
         check_inference(item, [results[0][i] for results in ranks])
     for i, item in enumerate(training):
