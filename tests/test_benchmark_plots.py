@@ -7,10 +7,23 @@ import pytest
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks import plot
+from benchmarks import plot, plot_decode, plot_style
 from benchmarks.report import write
 
 LINE = {"p20_ms": 1.0, "median_ms": 2.0, "p80_ms": 3.0}
+DECODE = {"dtype": "bfloat16", "B": 1, "L": 1, "codec": "plain", "Z": 0, "status": "ok"}
+
+
+def decode_row(impl, ms, *, H=16, S=4096, per_token=1152, bound="memory", **changes):
+    """A row that takes twice its limit."""
+    return {
+        **DECODE, "H": H, "S": S, **changes, "impl": impl, "median_ms": ms, "p20_ms": 0.9 * ms,
+        "p80_ms": 1.1 * ms, "bytes": 1000 * per_token, "flops": 30000 * per_token,
+        "bytes_per_token": per_token, "us_per_token": 1e3 * ms, "of_limit": 0.5,
+        "limit_ms": 0.5 * ms, "bound": bound,
+    }  # fmt: skip
+
+
 ROWS = {
     "layer": [
         {"dtype": dtype, "S": S, "impl": impl, **LINE}
@@ -35,19 +48,45 @@ ROWS = {
         for codec, size in (("plain", 100), ("int8", 60))
     ],
     "capacity": [{"model": "m", "rows": "plain", "bytes_per_token": 100.0, "sequences": 3}],
-}
+    "cache": [
+        {"op": op, "S": S, "impl": "mla DenseLatentCache", "median_us": 3.0, "p20_us": 2.0,
+         "p80_us": 4.0}
+        for op in ("append", "decode")
+        for S in (1024, 8192)
+    ],
+    "training_memory": [
+        {"L": 512, "impl": impl, "saved_KiB_per_token": 30.0, "median_ms": 300.0}
+        for impl in ("plain PyTorch", "mla save=latent")
+    ],
+    "prefill": [
+        {"mode": mode, "dtype": "float32", "H": 16, "L": L, "impl": impl, "over_sdpa": 1.1}
+        for mode in ("forward", "training")
+        for L in (128, 512)
+        for impl in ("sdpa", "torch")
+    ],
+    "decode": [
+        *(decode_row("bmm", 2.0, S=S) for S in (1024, 4096)),
+        *(decode_row("cpp", 1.0, S=S, bound="arithmetic") for S in (1024, 4096)),
+        decode_row("cpp", 1.0, S=1024, B=4),
+        decode_row("kept heads", 9.0, per_token=10240),
+        decode_row("cpp", 0.9, codec="int8", per_token=656),
+        {**DECODE, "H": 16, "S": 65536, "impl": "kept heads", "status": "out of memory"},
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", plot.FIGURES_OF)
 def test_figures_come_from_rows_alone(name, tmp_path):
-    write(name, ROWS[name], tmp_path)
-    assert plot.main([str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
+    source = plot.FIGURES_OF[name][0]
+    write(source, ROWS[source], tmp_path)
+    plot.draw(name, plot.read(tmp_path / f"{source}.csv"), tmp_path / "figures")
     png, svg = (tmp_path / "figures" / f"{name}.{kind}" for kind in ("png", "svg"))
     assert png.read_bytes().startswith(b"\x89PNG")
     first = svg.read_text()
     assert first.rstrip().endswith("</svg>")
-    plot.main([str(tmp_path), "--out", str(tmp_path / "figures")])
-    assert svg.read_text() == first  # nothing but the rows decides
+    if name == "layer":
+        assert plot.main([str(tmp_path), "--out", str(tmp_path / "figures")]) == 0
+        assert svg.read_text() == first  # nothing but the rows decides
 
 
 def test_bars_are_those_of_the_longest_context_at_batch_1():
@@ -62,6 +101,50 @@ def test_bars_are_those_of_the_longest_context_at_batch_1():
         for container in axis.containers
     }
     assert heights == {"bmm": [0.1], "cpp": [0.8, 0.9]}
+
+
+def text_rows(rows):
+    """As a file gives them: every column in every row."""
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{key: "" if row.get(key) is None else str(row[key]) for key in columns} for row in rows]
+
+
+def test_speedups_are_over_our_fastest_form_and_roofline_has_the_rows_ceilings():
+    from matplotlib.figure import Figure
+
+    rows = text_rows(ROWS["decode"])
+    figure = Figure()
+    plot_decode.draw_speedups(figure, rows)
+    (axis,) = figure.axes
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axis.containers}
+    assert heights == {"bmm": [2.0, 2.0], "kept heads": [9.0]}
+    # Twice the limit: 1152000 bytes in half of 2 ms; 34560000 flops in half of 1 ms.
+    memory = max(1000 * 1152 / 1.0e-3, 1000 * 1152 / 0.5e-3, 1000 * 10240 / 4.5e-3,
+                 1000 * 656 / 0.45e-3)  # fmt: skip
+    assert plot_decode.ceilings([row for row in rows if row["of_limit"]]) == pytest.approx(
+        {"memory": memory, "arithmetic": 30000 * 1152 / 0.5e-3}
+    )
+
+
+def test_a_row_without_memory_has_no_place_in_a_figure():
+    from matplotlib.figure import Figure
+
+    for draw in (plot_decode.draw_scaling, plot_decode.draw_roofline, plot_decode.draw_bytes):
+        figure = Figure()
+        draw(figure, text_rows(ROWS["decode"]))
+        assert figure.axes
+    figure = Figure()
+    plot_decode.draw_scaling(figure, text_rows(ROWS["decode"]))
+    context, _ = figure.axes
+    places = {line.get_label(): list(line.get_xdata()) for line in context.get_lines()}
+    assert places == {"bmm": [1024, 4096], "cpp": [1024, 4096], "kept heads": [4096]}
+
+
+def test_an_implementation_has_one_colour_everywhere():
+    assert plot_style.colour("mla cpp", ["x"]) == plot_style.colour("cpp", [])
+    named = plot_style.colour("new", ["cpp", "new", "newer"])
+    assert named == plot_style.OTHERS[0]
+    assert plot_style.colour("newer", ["cpp", "new", "newer"]) == plot_style.OTHERS[1]
 
 
 def test_a_folder_without_rows_is_one_line(tmp_path, capsys):
@@ -80,4 +163,5 @@ def test_a_folder_without_rows_is_one_line(tmp_path, capsys):
 def test_the_committed_rows_can_be_drawn(tmp_path):
     assert plot.main(["--out", str(tmp_path)]) == 0
     drawn = {path.stem for path in tmp_path.glob("*.png")}
-    assert drawn == {path.stem for path in plot.RESULTS.glob("*.csv")} & set(plot.FIGURES_OF)
+    there = {path.stem for path in plot.RESULTS.glob("*.csv")}
+    assert drawn == {name for name, (source, _) in plot.FIGURES_OF.items() if source in there}
