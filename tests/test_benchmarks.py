@@ -1,6 +1,7 @@
 import csv
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -152,6 +153,33 @@ def test_command_line_refuses_in_one_line(tmp_path, capsys):
     assert run.main(["nothing"]) == 2
     assert capsys.readouterr().err.strip() == "bench: failed: no benchmark nothing"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_quick_run_of_all_leaves_out_the_long_ones_and_says_so(tmp_path, monkeypatch, capsys):
+    short, long = benchmark_of(), replace(benchmark_of(), name="slow", is_long=True)
+    monkeypatch.setattr(run, "all_benchmarks", lambda: {"example": short, "slow": long})
+    arguments = ["--quick", "--rounds", "3", "--threads", "1", "--out", str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert not (tmp_path / "slow.csv").exists()
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-2] == "bench: left out of a quick run, each runs by its name: slow"
+    assert lines[-1] == f"bench: passed, 2 points measured; rows in {tmp_path}"
+    assert run.main([*arguments, "slow"]) == 0
+    assert (tmp_path / "slow.csv").exists()
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("bench: passed, 2 points")
+    monkeypatch.setattr(run, "all_benchmarks", lambda: {"example": benchmark_of(wrong=True)})
+    assert run.main([*arguments, "--fresh"]) == 1
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert errors[-1] == "bench: failed: wrong results in example"
+
+
+def test_what_cannot_run_here_is_left_out_with_its_reason(tmp_path, capsys):
+    benchmark = replace(benchmark_of(), reason_absent=lambda: "no data; run make data")
+    options = sweep.Options(out=tmp_path)
+    assert sweep.run(benchmark, options, report.terminal()).all == 0
+    assert capsys.readouterr().out == "example: skipped: no data; run make data\n"
+    assert sweep.main(benchmark, ["--threads", "1"]) == 2
+    assert capsys.readouterr().err == "example: failed: no data; run make data\n"
 
 
 def test_every_benchmark_is_found_and_is_shorter_when_quick():
