@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.baselines import device, placed
 from benchmarks.harness import Candidate, Point
 from benchmarks.report import Row
 from benchmarks.sweep import Benchmark, Comparison, Options, main
@@ -30,6 +31,7 @@ from mla.cache import LatentCache
 from mla.cache.dense import GROWTH
 from mla.ops import mla_decode
 
+DEVICE = device()
 C, R, H = 512, 64, 16
 CONFIG = MLAConfig(
     hidden_size=2048,
@@ -68,7 +70,7 @@ class Ours:
 
 class Dense(Ours):
     def __init__(self, S: int) -> None:
-        super().__init__(S, DenseLatentCache(CONFIG, batch_size=1))
+        super().__init__(S, DenseLatentCache(CONFIG, batch_size=1, device=DEVICE))
 
 
 class Paged(Ours):
@@ -76,7 +78,9 @@ class Paged(Ours):
 
     def __init__(self, S: int) -> None:
         num_pages = 2 * (3 * S // (2 * PAGE_SIZE) + 2)
-        self.pool = PagedLatentCache(CONFIG, num_pages=num_pages, page_size=PAGE_SIZE)
+        self.pool = PagedLatentCache(
+            CONFIG, num_pages=num_pages, page_size=PAGE_SIZE, device=DEVICE
+        )
         self.sequence, other = self.pool.allocate(), self.pool.allocate()
         both = self.pool.batch([other, self.sequence])
         for _ in range(S // PAGE_SIZE - 1):
@@ -119,7 +123,9 @@ NUM_APPENDED: dict[str, Callable[[int], int]] = {
 
 
 def _tokens(num_tokens: int) -> tuple[Tensor, Tensor]:
-    return torch.ones(1, num_tokens, C), torch.ones(1, num_tokens, R)
+    shapes = ((1, num_tokens, C), (1, num_tokens, R))
+    latent, k_rope = (torch.ones(shape, device=DEVICE) for shape in shapes)
+    return latent, k_rope
 
 
 def setup(point: Point, impl: str) -> Candidate:
@@ -144,13 +150,13 @@ def setup_decode(point: Point, impl: str) -> Candidate:
     cache = (Dense if impl == DENSE else Paged)(S)
     view = cache.cache.view(0)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(S, C + R, generator=generator)
+    rows = torch.randn(S, C + R, generator=generator).to(DEVICE)
     if view.page_table is None:
         view.rows[0, :S] = rows
     else:
         pages = view.page_table[0, : S // PAGE_SIZE].long()
         view.rows[pages] = rows.unflatten(0, (-1, PAGE_SIZE))
-    query = torch.randn(1, 1, H, C + R, generator=generator)
+    query = torch.randn(1, 1, H, C + R, generator=generator).to(DEVICE)
 
     def run() -> Tensor:
         return mla_decode(query[..., :C], query[..., C:], view, scale=CONFIG.scale).out
@@ -175,13 +181,13 @@ LIMITS = {DENSE: GROWTH, PAGED: 1.0 + PAGE_SIZE / 1024}
 
 def rows_at(point: Point, options: Options, on_round: Callable[[], None]) -> list[Row]:
     if point["op"] == "decode":
-        return [_in_microseconds(row) for row in DECODE.rows_at(point, options, on_round)]
+        return [_in_microseconds(placed(row)) for row in DECODE.rows_at(point, options, on_round)]
     rows: list[Row] = []
     for row in APPEND.rows_at(point, options, on_round):
         impl = str(row["impl"])
         worst, mebibytes = memory(int(point["S"]), impl)
         held = {"MiB": mebibytes, "worst_held/needed": worst, "limit": LIMITS.get(impl)}
-        rows.append({**_in_microseconds(row), **held})
+        rows.append({**_in_microseconds(placed(row)), **held})
     return rows
 
 

@@ -5,10 +5,7 @@ same run, a loop of multiply-adds without memory; shares of it are per thread, f
 of the busiest one. Beside other load a hyper-thread's peak falls with its neighbour's work: then
 shares can pass 1, and only ratios mean something.
 
-    bmm          scores and values as two batched products over the rows
-    einsum       the same as einsum, softmax in float32
-    sdpa rows    heads as query rows of one key head, values padded to the key width
-    decompressed keys and values of every head expanded at each step, then SDPA (transformers)
+    bmm, einsum, sdpa rows, decompressed: see `benchmarks.baselines`
     torch        impl="torch"
     cpp          impl="cpp"
     int8, int4   impl="cpp" on coded rows
@@ -24,35 +21,22 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import product
 from statistics import median
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from benchmarks import baselines
+from benchmarks.baselines import HEADS, MAX_EXPANDED, PLAIN, SCALE, C, Inputs, N, R, V
 from benchmarks.harness import Candidate, Point, measure
 from benchmarks.report import Row
-from benchmarks.sweep import Benchmark, Comparison, Options, main
-from mla import reference
+from benchmarks.sweep import TOLERANCES, Benchmark, Comparison, Options, main
 from mla.codec import Codec, Int4Codec, Int8Codec, PlainCodec
 from mla.kernels import cpu
 from mla.ops import mla_decode
 from mla.view import CacheView
 
-C, R, N, V = 512, 64, 128, 128
-SCALE = (N + R) ** -0.5
 ALONE, CALLS = "cpp alone", 10
-MAX_EXPANDED = 1 << 28  # elements of expanded keys; beyond, expanding takes seconds and gigabytes
 CODED: dict[str, Codec] = {"int8": Int8Codec(), "int4": Int4Codec()}
-
-
-class Inputs(NamedTuple):
-    q_latent: Tensor  # [B, 1, H, C]
-    q_rope: Tensor  # [B, 1, H, R]
-    rows: Tensor  # [B, S, C+R]
-    lengths: Tensor  # [B] int32
-    q_nope: Tensor  # [B, 1, H, N]
-    kv_b: Tensor  # [H*(N+V), C]
 
 
 def points(quick: bool) -> list[Point]:
@@ -71,19 +55,7 @@ def points(quick: bool) -> list[Point]:
 
 @lru_cache(maxsize=1)
 def inputs(dtype: torch.dtype, H: int, B: int, S: int) -> Inputs:
-    """Queries that are the absorbed ones of some expanded queries, so that all forms agree."""
-    rng = torch.Generator().manual_seed(S)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng)
-
-    kv_b = drawn(H * (N + V), C) * C**-0.5
-    q_nope = drawn(B, 1, H, N)
-    q_latent = torch.einsum("blhn,hnc->blhc", q_nope, kv_b.view(H, N + V, C)[:, :N])
-    q_rope, rows = drawn(B, 1, H, R), drawn(B, S, C + R)
-    lengths = torch.full((B,), S, dtype=torch.int32)
-    return Inputs(*(x.to(dtype) for x in (q_latent, q_rope, rows)), lengths, q_nope.to(dtype),
-                  kv_b.to(dtype))  # fmt: skip
+    return baselines.draw(dtype, B=B, H=H, S=S)
 
 
 def of(point: Point) -> Inputs:
@@ -92,77 +64,30 @@ def of(point: Point) -> Inputs:
     )
 
 
-def _bmm(x: Inputs) -> Tensor:
-    query = torch.cat([x.q_latent, x.q_rope], dim=-1)[:, 0]
-    scores = torch.bmm(query, x.rows.transpose(1, 2)).float().mul_(SCALE)
-    return torch.bmm(scores.softmax(-1).to(query.dtype), x.rows)[..., :C]
-
-
-def _einsum(x: Inputs) -> Tensor:
-    latent, k_rope = x.rows.split([C, R], dim=-1)
-    scores = torch.einsum("blhc,bsc->blhs", x.q_latent, latent)
-    scores = scores + torch.einsum("blhr,bsr->blhs", x.q_rope, k_rope)
-    weights = (SCALE * scores.float()).softmax(-1).to(latent.dtype)
-    return torch.einsum("blhs,bsc->blhc", weights, latent)[:, 0]
-
-
-def _sdpa_rows(x: Inputs) -> Tensor:
-    query = torch.cat([x.q_latent, x.q_rope], dim=-1)
-    keys = x.rows[:, None]
-    return F.scaled_dot_product_attention(query, keys, keys, scale=SCALE)[:, 0, :, :C]
-
-
-def _decompressed(x: Inputs) -> None:
-    """As transformers decodes: no absorbed result to compare, the output is in head space."""
-    latent, k_rope = x.rows.split([C, R], dim=-1)
-    H = x.q_nope.shape[2]
-    expanded = F.linear(latent, x.kv_b).unflatten(-1, (H, N + V)).transpose(1, 2)
-    keys, values = expanded.split([N, V], dim=-1)
-    keys = torch.cat([keys, k_rope[:, None].expand(-1, H, -1, -1)], dim=-1)
-    query = torch.cat([x.q_nope, x.q_rope], dim=-1).transpose(1, 2)
-    F.scaled_dot_product_attention(query, keys, values, scale=SCALE)
-
-
 def _ours(x: Inputs, impl: str) -> Callable[[], Tensor]:
     codec = CODED.get(impl, PlainCodec())
     rows = codec.encode(*x.rows.split([C, R], dim=-1))
     view = CacheView.dense(rows, x.lengths, C=C, R=R, codec=codec)
     name = "torch" if impl == "torch" else "cpp"
-    return lambda: mla_decode(x.q_latent, x.q_rope, view, scale=SCALE, impl=name).out[:, 0]
-
-
-PLAIN: dict[str, Callable[[Inputs], Tensor]] = {
-    "bmm": _bmm,
-    "einsum": _einsum,
-    "sdpa rows": _sdpa_rows,
-}
+    return lambda: mla_decode(x.q_latent, x.q_rope, view, scale=SCALE, impl=name).out
 
 
 def setup(point: Point, impl: str) -> Candidate:
     x = of(point)
     H, B, S = int(point["H"]), int(point["B"]), int(point["S"])
+    form = {**PLAIN, **HEADS}.get(impl)
+    call = _ours(x, impl) if form is None else form(x)
+
+    def run() -> Tensor | None:
+        out = call()
+        return None if impl in HEADS else out  # nothing absorbed to compare: in head space
+
     flops = 2 * B * H * S * (2 * C + R)
-    num_bytes = x.rows.nbytes
-    run: Callable[[], Tensor | None]
-    if impl in PLAIN:
-        run = lambda: PLAIN[impl](x)  # noqa: E731
-    elif impl == "decompressed":
-        run = lambda: _decompressed(x)  # noqa: E731
-    else:
-        run = _ours(x, impl)
-    return Candidate(run=torch.no_grad()(run), num_flops=flops, num_bytes=num_bytes)
+    return Candidate(run=torch.no_grad()(run), num_flops=flops, num_bytes=x.rows.nbytes)
 
 
 def expected(point: Point) -> Tensor | None:
-    x, S = of(point), int(point["S"])
-    if S * int(point["B"]) > 4096:
-        return None
-    latent, k_rope = x.rows.double().split([C, R], dim=-1)
-    queries = (x.q_latent.double(), x.q_rope.double())
-    out: Tensor = reference.absorbed_attention(
-        *queries, latent, k_rope, x.lengths, scale=SCALE
-    ).out[:, 0]
-    return out
+    return baselines.expected(of(point))
 
 
 def peak(dtype: str) -> float:
@@ -178,6 +103,9 @@ def rows_at(point: Point, options: Options, on_round: Callable[[], None]) -> lis
     names = [*PLAIN, "torch", "cpp"]
     if B * H * S * (N + V) <= MAX_EXPANDED:
         names.append("decompressed")
+        runs = {"decompressed": baselines.decompressed(of(point))}
+        tolerance = TOLERANCES[str(point["dtype"])]
+        baselines.check_heads(of(point), runs, tolerance=tolerance, point=point)
     comparison = Comparison(impls=tuple(names), setup=setup, expected=expected)
     peaks = [peak(str(point["dtype"])) for _ in range(3)]
 
@@ -217,11 +145,19 @@ def rows_at(point: Point, options: Options, on_round: Callable[[], None]) -> lis
     return [{**row, "peak_gflops": register} for row in shown]
 
 
+def reason_absent() -> str | None:
+    """Why this cannot run here, or None."""
+    if torch.cuda.is_available():
+        return "its figures are of a CPU; bench_decode takes the GPU"
+    return cpu.reason_absent()
+
+
 BENCHMARK = Benchmark(
     name="cpu",
     title="Absorbed decode attention on a CPU, C=512, R=64",
     points=points,
     rows_at=rows_at,
+    reason_absent=reason_absent,
     hidden=(
         *("bytes", "flops", "rounds", "median_ms", "p20_ms", "p80_ms", "speedup", "cpu_speedup"),
         "peak_gflops",

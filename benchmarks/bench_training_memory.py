@@ -1,7 +1,8 @@
 """What one layer keeps for the backward pass, and what forward and backward take.
 
 Bytes are the storages that autograd saves during the forward pass, each counted once, without the
-parameters; the input of the layer is among them in every implementation.
+parameters; the input of the layer is among them in every implementation. ``peak_MiB`` is the most
+that a second step holds at once beside the parameters and their gradients, which are there by then.
 
     transformers sdpa    its own layer; on a CPU its values are narrower than its keys, so PyTorch
                          takes the attention that keeps all scores
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from benchmarks import baselines
 from benchmarks.bench_layer import CONFIG, stock_layer
 from benchmarks.harness import Candidate, Point
+from benchmarks.memory import with_peak
 from benchmarks.report import Row
 from benchmarks.sweep import Benchmark, Comparison, Options, main
 from mla import MultiheadLatentAttention
@@ -38,13 +41,13 @@ def points(quick: bool) -> list[Point]:
 @lru_cache(maxsize=1)
 def hidden_states(L: int) -> Tensor:
     drawn = torch.randn(1, L, CONFIG.hidden_size, generator=torch.Generator().manual_seed(L))
-    return drawn.requires_grad_()
+    return drawn.to(baselines.device()).requires_grad_()
 
 
 @lru_cache(maxsize=1)
 def our_layer() -> MultiheadLatentAttention:
     torch.manual_seed(0)
-    return MultiheadLatentAttention(CONFIG)
+    return MultiheadLatentAttention(CONFIG, device=baselines.device())
 
 
 def forward_of(impl: str, L: int) -> Callable[[Tensor], Tensor]:
@@ -53,7 +56,8 @@ def forward_of(impl: str, L: int) -> Callable[[Tensor], Tensor]:
         return lambda x: plain_forward(layer, x)
     if impl == "transformers sdpa":
         module, rotary = stock_layer(layer, "sdpa")
-        table = rotary(hidden_states(L), torch.arange(L)[None])
+        x = hidden_states(L)
+        table = rotary.to(x.device)(x, torch.arange(L, device=x.device)[None])
         return lambda x: module(x, position_embeddings=table)[0]
     with torch.device("meta"):
         ours = MultiheadLatentAttention(
@@ -67,7 +71,7 @@ def plain_forward(layer: MultiheadLatentAttention, x: Tensor) -> Tensor:
     """The layer as one would write it: expand K and V, call the fused attention."""
     H, N = CONFIG.num_attention_heads, CONFIG.qk_nope_head_dim
     R, V = CONFIG.qk_rope_head_dim, CONFIG.v_head_dim
-    positions = torch.arange(x.shape[1])
+    positions = torch.arange(x.shape[1], device=x.device)
     query = layer.queries(x, positions)
     latent, k_rope = layer.latents(x, positions)
     k_nope, values = layer.kv_b_proj(latent).unflatten(-1, (H, N + V)).split([N, V], dim=-1)
@@ -125,7 +129,10 @@ def rows_at(point: Point, options: Options, on_round: Callable[[], None]) -> lis
     for row in COMPARISON.rows_at(point, options, on_round):
         forward = forward_of(str(row["impl"]), L)
         kept = saved_bytes(forward, hidden_states(L), our_layer().parameters())
-        rows.append({**row, "saved_KiB_per_token": kept / 1024 / L})
+        new = baselines.placed({**row, "saved_KiB_per_token": kept / 1024 / L})
+        step = setup(point, str(row["impl"]))
+        rows.append(with_peak(new, step.run))
+        step.after()
     return rows
 
 
