@@ -7,6 +7,7 @@
 #   make test       environment, data, checks and all tests
 #   make test-oldest  the transformers drop-in on the oldest transformers that is supported
 #   make test-vllm  the vLLM plugin inside vLLM, in an environment of its own (Python 3.11)
+#   make test-deepspeed  training under DeepSpeed, which is installed beside the environment
 #   make check      ruff, mypy, layering
 #   make bench      quick benchmarks, minutes, to out/bench; a second run goes on where one stopped
 #   make bench-full every point of every benchmark
@@ -41,7 +42,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help env data demo test test-oldest test-vllm check bench bench-full bench-compare plots gpu mutants sanitize thorough clean
+.PHONY: help env data demo test test-oldest test-vllm test-deepspeed check bench bench-full bench-compare plots gpu mutants sanitize thorough clean
 .NOTPARALLEL:
 
 help:
@@ -82,6 +83,22 @@ test-oldest: data $(OLDEST_DIR)
 test-vllm: env
 	@tools/vllm_env.sh $(PY)
 	@.cache/vllm/bin/python -m pytest -q --timeout 900 tests/vllm_engine $(TEST_ARGS)
+
+# Without its dependencies, one of which is torch. Its kernels would be compiled when they are used.
+DEEPSPEED := 0.19.8
+DEEPSPEED_DIR := .cache/deepspeed-$(DEEPSPEED)
+
+$(DEEPSPEED_DIR): | env
+	@rm -rf $@.part && mkdir -p .cache
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PY) -m pip install -q --disable-pip-version-check \
+	    --no-deps --no-build-isolation --target $@.part "deepspeed==$(DEEPSPEED)"
+	@$(PY) -m pip install -q --disable-pip-version-check --target $@.part \
+	    hjson msgpack ninja psutil py-cpuinfo pydantic tqdm
+	@mv $@.part $@
+
+test-deepspeed: $(DEEPSPEED_DIR)
+	@PYTHONPATH=$(DEEPSPEED_DIR) DS_ACCELERATOR=cpu $(PYTEST) -n 0 --timeout 600 \
+	    -m deepspeed tests/parallel $(TEST_ARGS)
 
 check: env
 	@$(PY) -m ruff check .

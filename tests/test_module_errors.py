@@ -85,6 +85,14 @@ def test_attention_dropout_in_training_is_refused() -> None:
     layer.eval()(inputs(1, 2, 19))
 
 
+def test_weight_of_other_heads_is_refused() -> None:
+    """Half of the rows would pass for heads with smaller values."""
+    layer = make_layer(SMALL, 21)
+    layer.kv_b_proj.weight = torch.nn.Parameter(layer.kv_b_proj.weight[:36].detach())
+    with pytest.raises(ShapeError, match=r"kv_b_proj has 36 rows here, expected H\*\(N\+V\)=72"):
+        layer(inputs(1, 2, 21))
+
+
 def test_left_padding_into_a_filled_cache_is_refused() -> None:
     layer, x = make_layer(SMALL, 20), inputs(2, 3, 20)
     cache = DenseLatentCache(SMALL, batch_size=2, dtype=torch.float64)
