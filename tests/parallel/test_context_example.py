@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import importlib
 from pathlib import Path
 
 import pytest
@@ -27,10 +25,10 @@ def test_tokens_are_those_of_one_process(count, splits):
         (["--tokens", "0"], "--tokens and --prompt: expected at least one token of each"),
     ],
 )
-def test_bad_arguments_give_one_line(arguments, message):
-    command = [sys.executable, str(EXAMPLES / "generate_parallel.py"), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "WORLD_SIZE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith(f"generate_parallel: failed: {message}")
-    assert done.stderr.count("\n") == 1
+def test_bad_arguments_give_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert importlib.import_module("generate_parallel").main(arguments) == 1
+    out, error = capsys.readouterr()
+    assert error.startswith(f"generate_parallel: failed: {message}") and error.count("\n") == 1
+    assert out == ""
