@@ -4,6 +4,7 @@
 here when the code changes. Add a break with each new capability: the one that a reader would miss.
 """
 
+from mutants_baselines import MUTANTS as BREAKS_OF_BASELINES
 from mutants_bench import MUTANTS as BREAKS_OF_BENCHMARKS
 from mutants_context import MUTANTS as BREAKS_OF_CONTEXT
 from mutants_convert import MUTANTS as BREAKS_OF_CONVERSION
@@ -45,6 +46,7 @@ MUTANTS: list[Mutant] = [
     *BREAKS_OF_VLLM,
     *BREAKS_OF_PLAN,
     *BREAKS_OF_CONTEXT,
+    *BREAKS_OF_BASELINES,
     *BREAKS_OF_BENCHMARKS,
     Mutant(
         name="scale-forgets-the-rotated-width",
