@@ -54,7 +54,7 @@ MUTANTS: list[Mutant] = [
         file="mla/convert/deepseek.py",
         original="return by_frequency.sort(1, descending=True).values",
         broken="return by_frequency",
-        tests=(f"{DEEPSEEK}::test_the_shared_list_costs_all_layers_together_least",),
+        tests=(f"{DEEPSEEK}::test_each_layer_gives_its_best_components_to_the_list",),
     ),
     Mutant(
         name="deepseek-overwrites-any-folder",

@@ -127,6 +127,18 @@ def test_the_shared_list_costs_all_layers_together_least(seed, pairs, G, num_lay
             assert free <= choose_rotated(components, rotation, 2 * count, chosen).lost_energy
 
 
+def test_each_layer_gives_its_best_components_to_the_list():
+    unused, still = torch.zeros(4, 1, dtype=torch.complex128), torch.zeros(2)
+    frequency = torch.tensor([0, 0, 1, 1])
+    energies = [torch.tensor([1.0, 9.0, 6.0, 5.0]), torch.tensor([9.0, 1.0, 6.0, 5.0])]
+    summed = sum(
+        losses_by_frequency(KeyComponents(unused, unused.T, frequency, energy), still)
+        for energy in energies
+    )
+    assert summed.tolist() == [[18.0, 2.0], [12.0, 10.0]]
+    assert most_lost(summed, 1) == (0,) and most_lost(summed, 3) == (0, 1, 1)
+
+
 @given(SEEDS, st.integers(1, 9), st.sampled_from([10000.0, 500000.0, 1e6]))
 def test_transformers_reads_the_frequencies_that_were_written(seed, half, theta):
     wanted = torch.rand(half, generator=generator(seed), dtype=torch.float64).pow(8) + 1e-7
