@@ -139,12 +139,13 @@ def draw_codecs(figure: Any, rows: Rows) -> None:
             color=(BLUE, ORANGE)[index % 2],
             label=model,
         )
+        offset = (4, 4) if index % 2 == 0 else (4, -9)  # models share places
         best = {row["bytes_per_token"]: row for row in sorted(chosen, key=_ratio, reverse=True)}
         for row in chosen:
             if _ratio(row) < CROWDED and row is not best[row["bytes_per_token"]]:
                 continue
             place = (float(row["bytes_per_token"]), float(row["ratio"]))
-            axis.annotate(row["codec"], place, (4, 4), textcoords="offset points", fontsize=7)
+            axis.annotate(row["codec"], place, offset, textcoords="offset points", fontsize=7)
     axis.set_xlabel("bytes per token, all layers", color=INK)
     axis.set_ylabel("perplexity over that with unquantised rows", color=INK)
     legend(figure)
