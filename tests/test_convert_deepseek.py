@@ -344,7 +344,8 @@ def test_progress_is_reported(tmp_path):
         tmp_path / "v3",
         **{f"{name}_progress": lambda *step, to=to: to.append(step) for name, to in seen.items()},
     )
-    assert seen["calibrate"] == seen["convert"] == [(1, 2), (2, 2)]
+    assert seen["calibrate"] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen["convert"] == [(1, 2), (2, 2)]
     counts, most = zip(*seen["layout"], strict=True)
     assert counts == tuple(range(1, len(counts) + 1)) and len(set(most)) == 1
     assert counts[-1] <= most[0] == 2 * len(layout_candidates(0.75, 2, 8))

@@ -11,6 +11,7 @@ Files, in the order of the method:
     choose.py      which of them stay rotated; how a budget is split
     latent.py      one latent for the unrotated keys and the values
     gqa.py         all of it: `gqa_to_mla`
+    allocate.py    a budget shared among layers by measured errors
     deepseek.py    one layout for all layers: that of DeepSeek-V3
     evaluate.py    perplexity over windows, and its change with a standard error
     checkpoint.py  converted models as folders

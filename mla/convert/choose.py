@@ -123,16 +123,17 @@ def check_frequencies(
         )
 
 
-def _budget_sizes(fraction: float, num_kv_heads: int, head_dim: int) -> list[tuple[int, int]]:
-    """Pairs (R, C) that fit into ``fraction`` of the numbers that keys and values take now.
-
-    Both are multiples of 16 for real models, which fits the tiles of the kernels, and of a smaller
-    power of two for toy ones.
-    """
-    half = num_kv_heads * head_dim
+def size_step(num_kv_heads: int, head_dim: int) -> int:
+    """What R and C are multiples of: 16 in real models, which fits the tiles of the kernels."""
     step = 16
-    while step > 2 and 2 * half < 16 * step:
+    while step > 2 and num_kv_heads * head_dim < 8 * step:
         step //= 2
+    return step
+
+
+def _budget_sizes(fraction: float, num_kv_heads: int, head_dim: int) -> list[tuple[int, int]]:
+    """Pairs (R, C) that fit into ``fraction`` of the numbers that keys and values take now."""
+    half, step = num_kv_heads * head_dim, size_step(num_kv_heads, head_dim)
     total = 2 * half if fraction == 1.0 else int(fraction * 2 * half) // step * step
     rope_dims = {*range(0, half, step), half}
     return [(R, total - R) for R in sorted(rope_dims) if total - R >= 1]

@@ -75,6 +75,55 @@ class _Fit(NamedTuple):
         return self.choice.lost_energy + self.latent.key_error + self.latent.value_error
 
 
+class PreparedLayer(NamedTuple):
+    """What every choice of R and C of one layer has in common; `prepare_layer` makes it."""
+
+    weights: AttentionWeights
+    heads: AffineHeads
+    moments: InputMoments
+    inv_freq: Tensor
+    softmax_scale: float
+    gains: Tensor  # [H] cost of a squared error of the scores
+    components: KeyComponents
+    rotation: Tensor  # mu, complex [d/2]
+    unrotated_query: Tensor  # [H, d, E] mu folded in
+    value_cost: Tensor  # [G*d, G*d]
+    value_weight: Metric  # its roots
+
+    def convert(
+        self, rope_dim: int, latent_dim: int, rotated_frequencies: Sequence[int] | None = None
+    ) -> ConvertedLayer:
+        """The layer with R = ``rope_dim`` and C = ``latent_dim``; both must be possible."""
+        return self._finish(self._fit(rope_dim, latent_dim, rotated_frequencies))
+
+    def convert_best(
+        self, sizes: Sequence[tuple[int, int]], rotated_frequencies: Sequence[int] | None = None
+    ) -> ConvertedLayer:
+        """The layer with the pair of ``sizes`` that has the smallest estimated error."""
+
+        def fit(rope_dim: int, latent_dim: int) -> _Fit:
+            return self._fit(rope_dim, latent_dim, rotated_frequencies)
+
+        return self._finish(best_split(sizes, fit, lambda candidate: candidate.error))
+
+    def _fit(self, rope_dim: int, latent_dim: int, frequencies: Sequence[int] | None) -> _Fit:
+        heads, components, keys_moment = self.heads, self.components, self.moments.keys
+        choice = choose_rotated(components, self.rotation, rope_dim, frequencies)
+        num_pairs = heads.query.shape[1] // 2
+        back = real_matrix(dropped_back(components, choice.dropped, num_pairs))
+        keys = as_real(components.maps[choice.dropped])
+        key_cost = key_metric(back, self.unrotated_query, self.moments.queries, self.gains)
+        key_weight = metric_of(key_cost) if len(keys) else Metric(key_cost, key_cost)
+        values = heads.value.flatten(0, 1)
+        latent_dim = min(latent_dim, len(keys) + len(values))
+        latent = joint_latent(keys, values, key_weight, self.value_weight, keys_moment, latent_dim)
+        return _Fit(choice, back, latent)
+
+    def _finish(self, fit: _Fit) -> ConvertedLayer:
+        config = _config(self, fit)
+        return ConvertedLayer(config, _state_dict(self, fit, config), _report(self, fit))
+
+
 def gqa_to_mla(
     weights: AttentionWeights,
     moments: InputMoments,
@@ -107,36 +156,51 @@ def gqa_to_mla(
         ShapeError: a size does not fit.
         ValueError: a value is out of range or not finite.
     """
-    heads = affine_heads(weights, num_heads, num_kv_heads, head_dim)
-    check_statistics(heads, moments, inv_freq)
-    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     sizes = split_candidates(kv_budget, num_kv_heads, head_dim)
     if rotated_frequencies is not None:
         check_frequencies(rotated_frequencies, sizes, num_kv_heads, head_dim)
+    prepared = prepare_layer(
+        weights,
+        moments,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        inv_freq=inv_freq,
+        softmax_scale=softmax_scale,
+    )
+    return prepared.convert_best(sizes, rotated_frequencies)
 
+
+def prepare_layer(
+    weights: AttentionWeights,
+    moments: InputMoments,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    inv_freq: Tensor,
+    softmax_scale: float | None = None,
+) -> PreparedLayer:
+    """What `gqa_to_mla` does before it knows the budget; arguments and errors as there."""
+    heads = affine_heads(weights, num_heads, num_kv_heads, head_dim)
+    check_statistics(heads, moments, inv_freq)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
     gains = score_gains(heads, moments.keys, scale)
-    components = rotate_keys(heads.query, heads.key, moments.queries, moments.keys, gains)
     rotation = mean_rotation(inv_freq.cpu(), moments.distances.cpu())
-    unrotated_query = as_real(as_complex(heads.query) * rotation[:, None])
     value_cost = value_metric(heads.output, num_kv_heads)
-    value_weight = metric_of(value_cost)
-
-    def fit(rope_dim: int, latent_dim: int) -> _Fit:
-        choice = choose_rotated(components, rotation, rope_dim, rotated_frequencies)
-        back = real_matrix(dropped_back(components, choice.dropped, head_dim // 2))
-        keys = as_real(components.maps[choice.dropped])
-        key_cost = key_metric(back, unrotated_query, moments.queries, gains)
-        key_weight = metric_of(key_cost) if len(keys) else Metric(key_cost, key_cost)
-        values = heads.value.flatten(0, 1)
-        latent_dim = min(latent_dim, len(keys) + len(values))
-        latent = joint_latent(keys, values, key_weight, value_weight, moments.keys, latent_dim)
-        return _Fit(choice, back, latent)
-
-    best = best_split(sizes, fit, lambda candidate: candidate.error)
-    config = _config(weights, heads, best, components, inv_freq, scale)
-    state_dict = _state_dict(weights, heads, best, components, unrotated_query, config)
-    report = _report(heads, best, components, value_cost, moments.keys)
-    return ConvertedLayer(config, state_dict, report)
+    return PreparedLayer(
+        weights=weights,
+        heads=heads,
+        moments=moments,
+        inv_freq=inv_freq,
+        softmax_scale=scale,
+        gains=gains,
+        components=rotate_keys(heads.query, heads.key, moments.queries, moments.keys, gains),
+        rotation=rotation,
+        unrotated_query=as_real(as_complex(heads.query) * rotation[:, None]),
+        value_cost=value_cost,
+        value_weight=metric_of(value_cost),
+    )
 
 
 def score_gains(heads: AffineHeads, moment: Tensor, scale: float) -> Tensor:
@@ -153,16 +217,10 @@ def score_gains(heads: AffineHeads, moment: Tensor, scale: float) -> Tensor:
     return scale**2 * (cost_Hdd * spread_Hdd).sum((1, 2)).clamp_min(0.0)
 
 
-def _config(
-    weights: AttentionWeights,
-    heads: AffineHeads,
-    fit: _Fit,
-    components: KeyComponents,
-    inv_freq: Tensor,
-    scale: float,
-) -> MLAConfig:
-    H, d, E = heads.query.shape
-    frequencies = inv_freq.double().cpu()[components.frequency[fit.choice.kept]].tolist()
+def _config(layer: PreparedLayer, fit: _Fit) -> MLAConfig:
+    H, d, E = layer.heads.query.shape
+    kept = layer.components.frequency[fit.choice.kept]
+    frequencies = layer.inv_freq.double().cpu()[kept].tolist()
     rope = RopeConfig(pairing="half", inv_freq=tuple(frequencies))
     return MLAConfig(
         hidden_size=E - 1,
@@ -174,22 +232,16 @@ def _config(
         rope=rope if frequencies else RopeConfig(pairing="none"),
         latent_norm="none",
         attention_bias=True,
-        query_bias=weights.query_bias is not None,
-        softmax_scale=scale,
+        query_bias=layer.weights.query_bias is not None,
+        softmax_scale=layer.softmax_scale,
     )
 
 
-def _state_dict(
-    weights: AttentionWeights,
-    heads: AffineHeads,
-    fit: _Fit,
-    components: KeyComponents,
-    unrotated_query: Tensor,
-    config: MLAConfig,
-) -> dict[str, Tensor]:
+def _state_dict(layer: PreparedLayer, fit: _Fit, config: MLAConfig) -> dict[str, Tensor]:
+    heads, components, weights = layer.heads, layer.components, layer.weights
     H, G, N = config.num_attention_heads, heads.key.shape[0], config.qk_nope_head_dim
     rotated_query = as_real(kept_query(heads.query, components, fit.choice.kept))
-    query = torch.cat([unrotated_query[:, :N], rotated_query], dim=1).flatten(0, 1)
+    query = torch.cat([layer.unrotated_query[:, :N], rotated_query], dim=1).flatten(0, 1)
     rotated_key = as_real(components.maps[fit.choice.kept])
     down = torch.cat([fit.latent.down, rotated_key])
     key_up = (fit.back @ fit.latent.key_up)[:, :N]  # [G, N, C]
@@ -212,10 +264,9 @@ def _state_dict(
     return {name: x.to(weights.query).contiguous() for name, x in tensors.items()}
 
 
-def _report(
-    heads: AffineHeads, fit: _Fit, components: KeyComponents, value_cost: Tensor, moment: Tensor
-) -> FitReport:
-    mean, values = moment[:, -1], heads.value.flatten(0, 1)
+def _report(layer: PreparedLayer, fit: _Fit) -> FitReport:
+    components, value_cost, moment = layer.components, layer.value_cost, layer.moments.keys
+    mean, values = moment[:, -1], layer.heads.value.flatten(0, 1)
     value_spread = values @ (moment - torch.outer(mean, mean)) @ values.mT
     value_energy = max(float((value_cost * value_spread).sum()), 1e-300)
     score_energy = max(float(components.energy.sum()), 1e-300)

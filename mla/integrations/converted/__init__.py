@@ -10,14 +10,21 @@
 Files:
 
     hosts.py      which models, and what is read from them
-    calibrate.py  one pass over calibration text
+    stream.py     calibration text on its way through a model, one layer at a time
+    calibrate.py  what is measured of every layer meanwhile
     layer.py      a converted layer under transformers' calling convention
     model.py      convert, build, save, load
     coded.py      the quality of 8- and 4-bit rows
     deepseek.py   a converted model as a stock `DeepseekV3ForCausalLM`
 """
 
-from mla.integrations.converted.calibrate import Progress, calibrate
+from mla.integrations.converted.calibrate import (
+    LayerSurvey,
+    Progress,
+    Survey,
+    calibrate,
+    survey_model,
+)
 from mla.integrations.converted.coded import coded_rows, through_codec
 from mla.integrations.converted.deepseek import (
     ExportCheck,
@@ -41,7 +48,9 @@ __all__ = [
     "ConvertedAttention",
     "ExportCheck",
     "HostAttention",
+    "LayerSurvey",
     "Progress",
+    "Survey",
     "build_model",
     "calibrate",
     "check_export",
@@ -52,6 +61,7 @@ __all__ = [
     "load_converted",
     "read_host",
     "save_converted",
+    "survey_model",
     "through_codec",
     "to_deepseek_v3",
 ]

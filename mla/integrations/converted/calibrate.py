@@ -1,34 +1,99 @@
-"""Run a model over calibration text once and sum what `mla.convert` needs to know of its layers."""
+"""Run a model over calibration text once and learn what `mla.convert` needs to know of its layers.
+
+Layer by layer: moments of the inputs and, where a budget is given, the measured error of what the
+layer could become. With a folder nothing of earlier layers stays in memory, and an interrupted
+survey goes on where it was.
+
+Dims: W windows, T tokens of a window, D model width, E = D + 1.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mla.checks import ShapeError
 from mla.convert import InputMoments, MomentSum, attention_received
-from mla.integrations.converted.hosts import HostAttention, decoder_layers, read_host
+from mla.convert.allocate import Option, Sample, measure_options, output_error, sizes_to_try
+from mla.convert.gqa import prepare_layer
+from mla.integrations.converted.hosts import (
+    HostAttention,
+    attention_weights,
+    decoder_layers,
+    read_host,
+)
+from mla.integrations.converted.stream import LayerStream
 from mla.rope import rotate
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
+STATE_FILE = "state.json"
+LAYER_FILE = "layer-{:03d}.safetensors"
+SAMPLE_TOKENS = 1024  # of the calibration text, on which options are measured
 
-@torch.no_grad()
+
+class LayerSurvey(NamedTuple):
+    """What is known about one layer."""
+
+    moments: InputMoments
+    options: tuple[Option, ...]  # empty where no budget was given
+
+
+class Survey(Sequence[LayerSurvey]):
+    """What is known about all layers of a model: a list, or files that are read when needed."""
+
+    def __init__(self, layers: Sequence[LayerSurvey | Path]) -> None:
+        self._layers = tuple(layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        layer = self._layers[index]
+        return _read_layer(layer) if isinstance(layer, Path) else layer
+
+
 def calibrate(
     model: Any, windows: Tensor, *, progress: Progress | None = None
 ) -> list[InputMoments]:
     """Statistics of the inputs of every attention layer of an unconverted model.
 
-    Nothing is kept but two ``[D+1, D+1]`` sums a layer; the model is as before afterwards.
+    `survey_model` without options; arguments and errors are the same.
+    """
+    return [layer.moments for layer in survey_model(model, windows, progress=progress)]
+
+
+@torch.no_grad()
+def survey_model(
+    model: Any,
+    windows: Tensor,
+    *,
+    kv_budgets: Sequence[float] = (),
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Survey:
+    """Statistics of every attention layer, and errors that it could be converted with.
+
+    In memory that is the residual stream, ``[W, T, D]``, and two ``[E, E]`` sums a layer; in a
+    folder the sums of one layer. The model is as before afterwards.
 
     Args:
         model: a Llama-type causal language model of transformers; put into eval mode meanwhile.
-        windows: ``[W, T]`` token ids without padding, one forward pass each. 8 windows of 1024
-            tokens are enough; T should be about the context that matters.
-        progress: called after each window.
+        windows: ``[W, T]`` token ids without padding. T should be about the context that matters.
+            More text is better: on SmolLM2-135M at half of the cached numbers 8192, 16384, 32768
+            and 65536 tokens give perplexity ratios of 1.36, 1.27, 1.23 and 1.22.
+        kv_budgets: mean shares of the cached numbers that layers may be asked to keep.
+        folder: for results and the stream; None: memory. A survey of the same model, windows and
+            budgets that was interrupted goes on; any other is begun anew.
+        progress: called after each window of each layer.
 
     Raises:
         UnsupportedError: the model's attention cannot be converted.
@@ -40,33 +105,59 @@ def calibrate(
             f"calibrate: windows has shape {tuple(windows.shape)} and dtype {windows.dtype}, "
             "expected [W, T] token ids"
         )
-    layers = decoder_layers(model)
-    sums = [MomentSum(host.hidden_size, windows.shape[1]) for _ in layers]
-    handles = [
-        layer.self_attn.register_forward_pre_hook(_Observer(host, total), with_kwargs=True)
-        for layer, total in zip(layers, sums, strict=True)
-    ]
+    num_layers, steps = host.num_layers, host.num_layers * len(windows)
+    state = _State(folder, _fingerprint(model, windows, kv_budgets))
     was_training = model.training
     model.eval()
     try:
-        for done, window in enumerate(windows, start=1):
-            model.base_model(input_ids=window[None].to(model.device), use_cache=False)
-            if progress is not None:
-                progress(done, len(windows))
+        stream = LayerStream(model, windows, folder=folder, index=state.done)
+        surveys: list[LayerSurvey | Path] = list(state.files())
+        for index in range(state.done, num_layers):
+            observer = _Observer(host, stream, windows)
+
+            def report(done: int, index: int = index) -> None:
+                if progress is not None:
+                    progress(index * len(windows) + done, steps)
+
+            stream.advance(observer, progress=report)
+            weights = attention_weights(decoder_layers(model)[index].self_attn)
+            survey = _options(host, weights, observer, kv_budgets)
+            surveys.append(survey if folder is None else state.finish(index, survey))
     finally:
         model.train(was_training)
-        for handle in handles:
-            handle.remove()
-    return [total.result() for total in sums]
+    return Survey(surveys)
+
+
+def _options(
+    host: HostAttention, weights: Any, observer: _Observer, kv_budgets: Sequence[float]
+) -> LayerSurvey:
+    """The moments of one layer, and the best split of every size that may be asked for."""
+    moments = observer.total.result()
+    sizes = sizes_to_try(kv_budgets, host.num_kv_heads, host.head_dim)
+    prepared = prepare_layer(weights, moments, **host.shape) if sizes else None
+    sample = observer.sample()
+
+    def measure(rope_dim: int, latent_dim: int) -> float:
+        assert prepared is not None
+        return output_error(prepared.convert(rope_dim, latent_dim), sample)
+
+    return LayerSurvey(moments, measure_options(sizes, measure, host.num_kv_heads, host.head_dim))
 
 
 class _Observer:
-    """A hook that adds the inputs of one attention layer to its sums."""
+    """A hook that adds the inputs of one attention layer to its sums and keeps some windows."""
 
-    def __init__(self, host: HostAttention, total: MomentSum) -> None:
-        self.host, self.total = host, total
+    def __init__(self, host: HostAttention, stream: LayerStream, windows: Tensor) -> None:
+        self.host, self.stream = host, stream.hidden
+        self.total = MomentSum(host.hidden_size, windows.shape[1])
+        self.kept = min(len(windows), -(-SAMPLE_TOKENS // windows.shape[1]))
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.norms = [row.float().square().sum(-1) for row in stream.hidden[: self.kept]]
 
-    def __call__(self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(
+        self, attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
         inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cos, sin = (x[..., : x.shape[-1] // 2] for x in kwargs["position_embeddings"])
 
@@ -77,3 +168,65 @@ class _Observer:
         query, key = heads(attention.q_proj), heads(attention.k_proj)
         weights, distances = attention_received(query, key, attention.scaling)
         self.total.add(inputs[0].float(), weights, distances)
+        if len(self.inputs) < self.kept:
+            self.inputs.append(inputs[0].clone())
+            self.outputs.append(result[0][0].clone())
+
+    def sample(self) -> Sample:
+        """The first windows, `SAMPLE_TOKENS` in all."""
+        stream = torch.stack(self.norms).to(self.inputs[0].device)
+        return Sample(torch.stack(self.inputs), torch.stack(self.outputs), stream)
+
+
+class _State:
+    """How far the survey in a folder has come; layers without a file of their own do not count."""
+
+    def __init__(self, folder: Path | None, fingerprint: str) -> None:
+        self.folder, self.fingerprint, self.done = folder, fingerprint, 0
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            held = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if held.get("fingerprint") == fingerprint:
+            self.done = int(held["done"])
+
+    def files(self) -> list[Path]:
+        """Of the layers that are done."""
+        return [self._file(index) for index in range(self.done)]
+
+    def finish(self, index: int, survey: LayerSurvey) -> Path:
+        """Write one layer, and that it is done after it."""
+        path = self._file(index)
+        tensors = {name: x.contiguous() for name, x in survey.moments._asdict().items()}
+        save_file(tensors, path, metadata={"options": json.dumps(survey.options)})
+        assert self.folder is not None
+        unfinished = self.folder / f"{STATE_FILE}.part"
+        values = {"fingerprint": self.fingerprint, "done": index + 1}
+        unfinished.write_text(json.dumps(values), encoding="utf-8")
+        unfinished.replace(self.folder / STATE_FILE)
+        return path
+
+    def _file(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / LAYER_FILE.format(index)
+
+
+def _read_layer(path: Path) -> LayerSurvey:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in InputMoments._fields}
+        options = json.loads(file.metadata()["options"])
+    return LayerSurvey(InputMoments(**tensors), tuple(Option(*values) for values in options))
+
+
+def _fingerprint(model: Any, windows: Tensor, kv_budgets: Sequence[float]) -> str:
+    """Of what the results depend on; of the weights one row of each attention."""
+    config = model.config.to_json_string(use_diff=False)
+    found = hashlib.sha256(f"{config} {model.dtype} {sorted(kv_budgets)}".encode())
+    found.update(windows.cpu().numpy().tobytes())
+    for layer in decoder_layers(model):
+        row = layer.self_attn.q_proj.weight[0].detach().float().cpu()
+        found.update(row.numpy().tobytes())
+    return found.hexdigest()

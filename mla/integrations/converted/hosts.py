@@ -29,6 +29,17 @@ class HostAttention(NamedTuple):
     inv_freq: Tensor  # [d/2]
     softmax_scale: float  # the amplitude of a stretched RoPE, squared, included
 
+    @property
+    def shape(self) -> dict[str, Any]:
+        """Keyword arguments of `gqa_to_mla` that are the same for all layers."""
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "inv_freq": self.inv_freq,
+            "softmax_scale": self.softmax_scale,
+        }
+
 
 def read_host(model: Any, op: str = "convert_model") -> HostAttention:
     """The attention of ``model``, a causal language model of transformers.

@@ -16,11 +16,14 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
 from mla.convert import FitReport, gqa_to_mla
+from mla.convert.allocate import allocate
 from mla.convert.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from mla.convert.choose import split_candidates
 from mla.convert.deepseek import shared_layout
-from mla.integrations.converted.calibrate import Progress, calibrate
+from mla.integrations.converted.calibrate import Progress, Survey, survey_model
 from mla.integrations.converted.hosts import (
     MODEL_TYPES,
+    HostAttention,
     attention_weights,
     check_host_config,
     decoder_layers,
@@ -45,6 +48,8 @@ def convert_model(
     *,
     kv_budget: float | tuple[int, int] = 0.75,
     layout: Layout = "free",
+    survey: Survey | None = None,
+    folder: Path | None = None,
     calibrate_progress: Progress | None = None,
     layout_progress: Progress | None = None,
     convert_progress: Progress | None = None,
@@ -56,11 +61,14 @@ def convert_model(
 
     Args:
         model: a causal language model of transformers (Llama, Mistral, Qwen2).
-        windows: ``[W, T]`` token ids of text like that to be read, see `calibrate`.
-        kv_budget: share of the cached numbers to keep, or (R, C) for every layer.
+        windows: ``[W, T]`` token ids of text like that to be read, see `survey_model`.
+        kv_budget: share of the cached numbers to keep, all layers together; or (R, C) for every
+            layer.
         layout: "free": sizes and frequencies of each layer's own; "deepseek_v3": those that
             `export_deepseek_v3` can write, the same in all layers.
-        calibrate_progress: called after each window.
+        survey: of `survey_model` with this ``kv_budget`` among others; None: made here.
+        folder: for the survey, which then goes on after an interruption; None: in memory.
+        calibrate_progress: called after each window of each layer.
         layout_progress: called after each fit of a layer while a common layout is sought.
         convert_progress: called after each layer.
 
@@ -76,30 +84,32 @@ def convert_model(
         raise ValueError(
             f"convert_model: layout has value {layout!r}, expected one of {list(get_args(Layout))}"
         )
-    all_moments = calibrate(model, windows, progress=calibrate_progress)
-    layers = [
-        (attention_weights(layer.self_attn), moments)
-        for layer, moments in zip(decoder_layers(model), all_moments, strict=True)
-    ]
-    shape: dict[str, Any] = {
-        "num_heads": host.num_heads,
-        "num_kv_heads": host.num_kv_heads,
-        "head_dim": host.head_dim,
-        "inv_freq": host.inv_freq,
-        "softmax_scale": host.softmax_scale,
-    }
+    if survey is None:
+        budgets = []
+        if isinstance(kv_budget, float) and kv_budget < 1.0 and layout == "free":
+            split_candidates(kv_budget, host.num_kv_heads, host.head_dim)  # refuses what is too low
+            budgets = [kv_budget]
+        survey = survey_model(
+            model, windows, kv_budgets=budgets, folder=folder, progress=calibrate_progress
+        )
+    weights = [attention_weights(layer.self_attn) for layer in decoder_layers(model)]
     frequencies = None
     if layout == "deepseek_v3":
-        shared = shared_layout(layers, kv_budget=kv_budget, progress=layout_progress, **shape)
-        kv_budget, frequencies = shared.sizes, shared.rotated_frequencies
+        layers = [(w, layer.moments) for w, layer in zip(weights, survey, strict=True)]
+        shared = shared_layout(layers, kv_budget=kv_budget, progress=layout_progress, **host.shape)
+        sizes, frequencies = [shared.sizes] * len(layers), shared.rotated_frequencies
+    else:
+        sizes = _sizes(survey, kv_budget, host)
     names = {id(module): name for name, module in model.named_modules()}
     tensors = stored_tensors(model)
     configs, reports = [], []
-    for done, (layer, (weights, moments)) in enumerate(
-        zip(decoder_layers(model), layers, strict=True), start=1
-    ):
+    for index, layer in enumerate(decoder_layers(model)):
         converted = gqa_to_mla(
-            weights, moments, kv_budget=kv_budget, rotated_frequencies=frequencies, **shape
+            weights[index],
+            survey[index].moments,
+            kv_budget=sizes[index],
+            rotated_frequencies=frequencies,
+            **host.shape,
         )
         prefix = names[id(layer.self_attn)] + "."
         tensors = {name: x for name, x in tensors.items() if not name.startswith(prefix)}
@@ -107,7 +117,7 @@ def convert_model(
         configs.append(converted.config)
         reports.append(converted.report)
         if convert_progress is not None:
-            convert_progress(done, host.num_layers)
+            convert_progress(index + 1, host.num_layers)
     checkpoint = Checkpoint(
         host_config=_host_config(model),
         generation_config=model.generation_config.to_dict(),
@@ -116,6 +126,25 @@ def convert_model(
         tensors=tensors,
     )
     return Conversion(build_model(checkpoint), checkpoint.reports)
+
+
+def _sizes(
+    survey: Survey, kv_budget: float | tuple[int, int], host: HostAttention
+) -> list[tuple[int, int]]:
+    """(R, C) of each layer, so that all together keep ``kv_budget`` of the cached numbers."""
+    if isinstance(kv_budget, tuple):
+        return [kv_budget] * len(survey)
+    half = host.num_kv_heads * host.head_dim
+    if kv_budget == 1.0:
+        return [(half, half)] * len(survey)
+    options = [layer.options for layer in survey]
+    if not all(options):
+        raise ValueError(
+            "convert_model: survey has layers without options, expected that of "
+            f"survey_model with {kv_budget} among its kv_budgets"
+        )
+    chosen = allocate(options, int(kv_budget * 2 * half * len(options)))
+    return [(option.rope_dim, option.latent_dim) for option in chosen]
 
 
 def save_converted(
