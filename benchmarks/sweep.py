@@ -246,7 +246,7 @@ def options_from(arguments: argparse.Namespace) -> Options:
         only=tuple(arguments.only),
         dtypes=tuple(DTYPE_NAMES.get(name, name) for name in arguments.dtype),
         rounds=arguments.rounds or (9 if arguments.quick else 21),
-        seconds=6.0 if arguments.quick else 60.0,
+        seconds=4.0 if arguments.quick else 60.0,
         out=arguments.out,
         fresh=arguments.fresh,
         price_per_hour=arguments.price_per_hour,
