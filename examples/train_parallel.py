@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 4 examples/train_parallel.py --quick --tp 2       both, 2 x 2
 
 `--check` trains the same model on one process as well, both in float64, and fails where losses or
-the text that is written differ. Here the processes are those of one CPU; on GPUs the calls are the same.
+the text that is written differ. Here the processes are those of one CPU; the calls are the same on
+GPUs.
 
     tensor parallel   attention by `mla.parallel.shard_heads`, the MLP by the same plan; each rank
                       has all tokens, all latents and a cache of its own
