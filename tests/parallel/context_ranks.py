@@ -321,3 +321,34 @@ def run_example(splits: Sequence[tuple[int, int]], path: str) -> list[bool]:
         run(argparse.Namespace(tensor_parallel=tensor, context_parallel=context, **options))
         for tensor, context in splits
     ]
+
+
+def compiled_is_eager(decoding: DecodeWork, training: PrefillWork) -> list[bool]:
+    """Whether one graph without breaks gives what the eager calls give, gradients included."""
+    group = dist.group.WORLD
+    view = decoding.views[dist.get_rank()]
+
+    def decode(q_latent: Tensor, q_rope: Tensor, view: CacheView) -> Tensor:
+        return context_decode(q_latent, q_rope, view, group=group, **decoding.options).out
+
+    def prefill(*inputs: Tensor) -> Tensor:
+        return context_prefill(*inputs, scale=training.scale, group=group).out
+
+    found = []
+    for function, inputs in (
+        (decode, [decoding.q_latent, decoding.q_rope, view]),
+        (prefill, training.inputs),
+    ):
+        results = []
+        for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+            leaves = inputs
+            if function is prefill:
+                leaves = [x.detach().clone().requires_grad_() for x in inputs]
+            out = call(*leaves)
+            if function is prefill:
+                out.sum().backward()
+                out = torch.cat([out.detach().flatten()] + [x.grad.flatten() for x in leaves])
+            results.append(out)
+        # Gradients that meet are added in another order.
+        found.append(torch.allclose(*results, rtol=1e-12, atol=1e-12))
+    return found

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from context_ranks import DecodeWork, PrefillWork, decode_all, prefill_all
+from context_ranks import (
+    DecodeWork,
+    PrefillWork,
+    compiled_is_eager,
+    decode_all,
+    prefill_all,
+)
 from helpers import assert_lse_within_budget, assert_within_budget, randn, stored_rows
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -127,3 +133,16 @@ def single(case: PrefillCase, grads: list[Tensor], dtype: torch.dtype) -> list[T
     outputs = case.oracle(leaves)
     torch.autograd.backward(outputs, [g.to(x.dtype) for g, x in zip(grads, outputs, strict=True)])
     return [x.detach() for x in outputs] + [leaf.grad for leaf in leaves]
+
+
+def test_compiled_calls_give_the_same():
+    case = DecodeCase(
+        L=2, H=3, C=7, R=2, lengths=(7, 3), starts=None, query_lengths=None, page_size=3,
+        codec=CODECS[0], dtype=F64, magnitudes=(1.0, 1.0), seed=0,
+    )  # fmt: skip
+    inputs = PrefillCase(
+        L=6, S=6, H=3, C=5, N=3, R=2, V=4, causal=True, key_starts=None, key_lengths=None, B=2,
+        dtype=F64, seed=0,
+    ).inputs()  # fmt: skip
+    work = decode_work(case, 2, None), PrefillWork(inputs, [], 0.4)
+    assert run_ranks(compiled_is_eager, 2, *work, timeout=TIMEOUT) == [[True, True]] * 2
