@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -115,7 +116,14 @@ sys.exit(main(["info"]) or main(["check"]))
 def test_convert_writes_a_model_and_a_report(converted, capsys):
     report = json.loads((converted / "report.json").read_text())
     assert report["kv_budget"] == 0.75 and report["calibration_tokens"] == 512
-    assert [layer["cached_numbers"] for layer in report["layers"]] == [48, 48]
+    assert (
+        sum(layer["cached_numbers"] for layer in report["layers"]) == report["kept_numbers"] == 96
+    )
+    shares = [budget["share"] for budget in report["budgets"]]
+    errors = [budget["error"] for budget in report["budgets"]]
+    assert shares == sorted(shares) and errors == sorted(errors, reverse=True)
+    assert (converted / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(converted.parent.glob(".*"))  # the survey is gone
     assert all(0 <= layer["output_error"] < 1 for layer in report["layers"])
 
 
@@ -125,6 +133,37 @@ def test_convert_prints_a_table_and_a_last_line(llama, text, tmp_path, capsys):
     assert "output error" in captured.out
     last = captured.out.strip().splitlines()[-1]
     assert last.startswith("convert: done, 2 layers keep 96 of 128 cached numbers a token (75.0%)")
+
+
+def test_an_interrupted_conversion_goes_on(llama, text, tmp_path, monkeypatch, capsys):
+    survey = import_module("mla.integrations.converted.calibrate")
+    out, whole, calls = tmp_path / "out", survey.measure_options, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments)
+
+    monkeypatch.setattr(survey, "measure_options", interrupted)
+    assert main(convert_arguments(llama, text, out)) == 130
+    assert not out.exists()
+    assert main(convert_arguments(llama, text, out)) == 0
+    assert len(calls) == 3 and (out / "config.json").is_file()
+
+
+def test_the_layout_of_deepseek_v3_is_a_stock_model(llama, text, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "stock"
+    assert main(convert_arguments(llama, text, out, "--layout", "deepseek_v3")) == 0
+    model = AutoModelForCausalLM.from_pretrained(out, local_files_only=True)
+    assert type(model).__name__ == "DeepseekV3ForCausalLM"
+    assert (out / "report.png").is_file()
+    capsys.readouterr()
+    assert main(convert_arguments(llama, text, out, "--layout", "deepseek_v3")) == 2
+    assert "--force replaces" in error_line(capsys)
+    assert main(convert_arguments(llama, text, out, "--layout", "deepseek_v3", "--force")) == 0
 
 
 @pytest.mark.parametrize("codec", [None, "int4"])

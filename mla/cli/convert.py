@@ -1,13 +1,16 @@
 """Turn the grouped-query attention of a Llama-type model into MLA, without training.
 
 MODEL is a folder of transformers (Llama, Mistral, Qwen2; safetensors). The converted model goes
-to DIR, with a report of what each layer lost; `python -m mla generate --model DIR` reads it.
+to DIR, with a report of what each layer lost as JSON and PNG; `python -m mla generate --model DIR`
+reads it. What is learnt from the calibration text lies in a folder beside DIR until the end, so
+that the same command goes on after an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +18,8 @@ from typing import Any
 
 import torch
 
-from mla.cli.console import CommandError, device_of, progress, table
+from mla.cli.console import CommandError, device_of, progress, quiet, require, table
+from mla.cli.convert_plot import write_conversion_plot
 from mla.cli.models import (
     calibration_windows,
     go_offline,
@@ -27,7 +31,7 @@ from mla.cli.models import (
 )
 from mla.cli.options import at_least_two, share
 
-REPORT_FILE = "report.json"
+REPORT_FILE, PLOT_FILE = "report.json", "report.png"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,17 +54,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=at_least_two,
-        default=8192,
+        default=32768,
         metavar="N",
-        help="calibration tokens (default: 8192)",
+        help="calibration tokens (default: 32768); more is better and slower",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("free", "deepseek_v3"),
+        default="free",
+        help="deepseek_v3: a folder that transformers loads as DeepSeek-V3 without this package",
     )
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--force", action="store_true", help="replace a converted model at DIR")
 
 
 def run(options: argparse.Namespace) -> int:
-    check_target(options.out, replace=options.force)
+    is_free = options.layout == "free"
+    check_target(options.out, replace=options.force, export=not is_free)
     go_offline()
+    require("matplotlib", "rich")
     device = device_of(options.device)
     read_config(options.model)
     read_text(options.calibration)
@@ -68,24 +80,38 @@ def run(options: argparse.Namespace) -> int:
     windows = calibration_windows(tokenizer, options.calibration, options.tokens)
     model = load_model(options.model, device=device)
     from mla.integrations.converted import read_host, save_converted
+    from mla.integrations.converted.deepseek import check_mlps, export_deepseek_v3
 
     read_host(model, "convert")  # refuses before there are bars on the screen
+    if not is_free:
+        check_mlps(model)
     start = time.perf_counter()
+    folder = options.out.parent / f".{options.out.name}-survey"
     with progress() as bars:
-        conversion = convert_with_bars(bars, model, windows, options.kv_budget)
-    save_converted(conversion, options.out, tokenizer=tokenizer, overwrite=options.force)
+        conversion, survey = convert_with_bars(
+            bars, model, windows, options.kv_budget, layout=options.layout, folder=folder
+        )
+    with quiet():
+        save = save_converted if is_free else export_deepseek_v3
+        save(conversion, options.out, tokenizer=tokenizer, overwrite=options.force)
     layers = fit_rows(conversion.reports)
+    kept = sum(layer["cached_numbers"] for layer in layers)
+    before = sum(layer["original_numbers"] for layer in layers)
     report = {
         "model": options.model.name,
         "kv_budget": options.kv_budget,
+        "layout": options.layout,
         "calibration_tokens": windows.numel(),
         "seconds": round(time.perf_counter() - start, 1),
+        "kept_numbers": kept,
+        "original_numbers": before,
         "layers": layers,
+        "budgets": budget_rows(survey, before),
     }
     (options.out / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_conversion_plot(report, options.out / PLOT_FILE)
+    shutil.rmtree(folder)
     print(fit_table(layers))
-    kept = sum(layer["cached_numbers"] for layer in layers)
-    before = sum(layer["original_numbers"] for layer in layers)
     print(
         f"convert: done, {len(layers)} layers keep {kept} of {before} cached numbers a token "
         f"({kept / before:.1%}), in {options.out}"
@@ -93,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_target(folder: Path, *, replace: bool) -> None:
+def check_target(folder: Path, *, replace: bool, export: bool = False) -> None:
     """Refuse a taken folder before the work, not after it."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -101,22 +127,61 @@ def check_target(folder: Path, *, replace: bool) -> None:
         raise CommandError(f"{folder} is a file, expected a folder that does not exist")
     if not replace:
         raise CommandError(f"{folder} is not empty; --force replaces a converted model")
-    if not ((folder / "config.json").is_file() and is_converted(read_config(folder))):
+    if export:
+        from mla.integrations.converted.deepseek import check_target as check_export
+
+        check_export(folder, overwrite=True)
+    elif not ((folder / "config.json").is_file() and is_converted(read_config(folder))):
         raise CommandError(f"{folder} holds no converted model and is left alone; choose another")
 
 
-def convert_with_bars(bars: Any, model: Any, windows: torch.Tensor, kv_budget: float) -> Any:
-    """`mla.integrations.converted.convert_model` with two bars."""
-    from mla.integrations.converted import convert_model
+def convert_with_bars(
+    bars: Any,
+    model: Any,
+    windows: torch.Tensor,
+    kv_budget: float,
+    *,
+    layout: Any = "free",
+    folder: Path | None = None,
+) -> tuple[Any, Any]:
+    """The conversion and the survey of `mla.integrations.converted`, with bars."""
+    from mla.integrations.converted import convert_model, survey_model
 
     layers = model.config.num_hidden_layers
-    return convert_model(
+    is_measured = layout == "free" and kv_budget < 1.0
+    survey = survey_model(
         model,
         windows,
-        kv_budget=kv_budget,
-        calibrate_progress=bar(bars, f"calibrate, {windows.numel()} tokens", len(windows)),
-        convert_progress=bar(bars, "convert layers", layers),
+        kv_budgets=[kv_budget] if is_measured else [],
+        folder=folder,
+        progress=bar(bars, f"calibrate, {windows.numel()} tokens", layers * len(windows)),
     )
+    advance: dict[str, Any] = {"convert_progress": bar(bars, "convert layers", layers)}
+    if layout != "free":
+        advance["layout_progress"] = bar(bars, "seek a common layout", layers)
+    conversion = convert_model(
+        model, windows, kv_budget=kv_budget, layout=layout, survey=survey, **advance
+    )
+    return conversion, survey
+
+
+def budget_rows(survey: Any, original_numbers: int) -> list[dict[str, float]]:
+    """The least measured error, all layers together, of budgets around the one asked for."""
+    from mla.convert.allocate import allocate
+
+    options = [layer.options for layer in survey]
+    if not all(options):
+        return []
+    least = sum(min(option.size for option in layer) for layer in options)
+    most = sum(max(option.size for option in layer) for layer in options)
+    totals = [least + (most - least) * step // 10 for step in range(11)]
+    return [
+        {
+            "share": total / original_numbers,
+            "error": sum(option.error for option in allocate(options, total)),
+        }
+        for total in totals
+    ]
 
 
 def bar(bars: Any, text: str, total: int) -> Callable[[int, int], None]:

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--codec", type=codec, metavar="NAME", help="also with rows coded as fp8, int8 or int4"
     )
-    parser.add_argument("--tokens", type=at_least_two, default=8192, help="calibration tokens")
+    parser.add_argument("--tokens", type=at_least_two, default=16384, help="calibration tokens")
     parser.add_argument("--windows", type=positive, default=8, help="of the perplexity")
     parser.add_argument("--window", type=at_least_two, default=1024, help="tokens in each")
     parser.add_argument("--contexts", type=positive, nargs="+", default=[1024, 4096])
@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     phases: dict[str, dict[str, float]] = {}
     with progress() as bars:
         with _timed(phases, "calibrate, convert"):
-            conversion = convert_with_bars(bars, original, windows, options.kv_budget)
+            conversion, _ = convert_with_bars(bars, original, windows, options.kv_budget)
         with _timed(phases, "save, load"), quiet():
             save_converted(conversion, folder, tokenizer=tokenizer, overwrite=True)
             converted = load_converted(folder).model

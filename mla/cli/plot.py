@@ -16,25 +16,31 @@ INK, PAPER = "#222222", "#FFFFFF"
 
 def write_plot(report: dict[str, Any], path: Path) -> None:
     """Draw ``report`` (what `demo` writes to report.json) to a PNG at ``path``."""
-    require("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7.2), facecolor=PAPER, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
-    for axis in axes.flat:
-        axis.set_facecolor(PAPER)
-        axis.tick_params(colors=INK)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-        axis.set_axisbelow(True)
+    figure, axes = new_figure(2, 2)
     figure.suptitle(f"{report['model']}: attention converted to MLA", color=INK)
     _draw_bytes(axes[0, 0], report)
     _draw_perplexity(axes[0, 1], report)
     _draw_speed(axes[1, 0], report)
     _draw_fit(axes[1, 1], report)
     figure.savefig(path, dpi=130, facecolor=PAPER)
+
+
+def new_figure(rows: int, columns: int) -> tuple[Any, Any]:
+    """A figure and its axes, ``[rows, columns]``, in the colours of this file."""
+    require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.2), facecolor=PAPER, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns)
+    for axis in axes.flat:
+        axis.set_facecolor(PAPER)
+        axis.tick_params(colors=INK)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
 
 
 def _bars(axis: Any, values: dict[str, float], errors: dict[str, float], text: str) -> None:

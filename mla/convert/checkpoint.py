@@ -213,7 +213,9 @@ def _parse(
 
 def _report_of(entry: Any) -> FitReport:
     report = FitReport(**entry)
-    return report._replace(rotated_frequencies=tuple(report.rotated_frequencies))
+    return report._replace(
+        rotated_frequencies=tuple(report.rotated_frequencies), spectrum=tuple(report.spectrum)
+    )
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -52,6 +52,7 @@ class FitReport(NamedTuple):
     score_error: float  # of the scores before softmax
     value_error: float  # of the values, as the output projection sees them
     output_error: float  # both together, relative to the attention output
+    spectrum: tuple[float, ...] = ()  # energies of the latent's directions, kept or not, sum 1
 
 
 class ConvertedLayer(NamedTuple):
@@ -281,4 +282,11 @@ def _report(layer: PreparedLayer, fit: _Fit) -> FitReport:
         score_error=math.sqrt((fit.choice.lost_energy + fit.latent.key_error) / score_energy),
         value_error=math.sqrt(fit.latent.value_error / value_energy),
         output_error=math.sqrt(fit.error / value_energy),
+        spectrum=_shares(fit.latent.energies),
     )
+
+
+def _shares(energies: Tensor) -> tuple[float, ...]:
+    """Parts of the sum, to three digits."""
+    parts = energies.clamp_min(0.0) / energies.clamp_min(0.0).sum().clamp_min(1e-300)
+    return tuple(float(f"{part:.3g}") for part in parts.tolist())

@@ -38,6 +38,7 @@ class Latent(NamedTuple):
     value_mean: Tensor  # [G*d]
     key_error: float  # in units of the metric
     value_error: float
+    energies: Tensor  # [K + G*d] of all directions in the metric, descending
 
 
 def metric_of(matrix: Tensor) -> Metric:
@@ -112,6 +113,7 @@ def joint_latent(
         value_mean=values @ mean,
         key_error=float(errors[:K].sum()),
         value_error=float(errors[K:].sum()),
+        energies=energies.flip(0),
     )
 
 
