@@ -215,3 +215,13 @@ def test_real_model_at_three_quarters(smollm2, smollm2_tokenizer, data_paths):
     assert sum(report.cached_numbers for report in converted.reports) == 288 * 30
     losses = [token_losses(model, evaluation) for model in (smollm2, converted.model)]
     assert 1.0 < compare_losses(*losses).ratio < 1.08
+
+
+def test_the_published_objective_is_exact_in_full_and_keeps_the_layers_alike_otherwise():
+    model, windows, ids = grouped_model("qwen2"), tokens(2, 24, seed=1), tokens(1, 20, seed=2)
+    exact = convert_model(model, windows, kv_budget=1.0, objective="published").model
+    torch.testing.assert_close(logits(exact, ids), logits(model, ids), rtol=0, atol=2e-5)
+    half = convert_model(model, windows, kv_budget=0.5, objective="published")
+    assert {(report.rope_dim, report.latent_dim) for report in half.reports} == {(8, 8)}
+    with pytest.raises(ValueError, match="objective has value 'published' with layout='deep"):
+        convert_model(model, windows, objective="published", layout="deepseek_v3")

@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="free",
         help="deepseek_v3: a folder that transformers loads as DeepSeek-V3 without this package",
     )
+    parser.add_argument(
+        "--objective",
+        choices=("output", "published"),
+        default="output",
+        help="published: a method from the literature, to compare with (default: output)",
+    )
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--force", action="store_true", help="replace a converted model at DIR")
 
@@ -89,7 +95,13 @@ def run(options: argparse.Namespace) -> int:
     folder = options.out.parent / f".{options.out.name}-survey"
     with progress() as bars:
         conversion, survey = convert_with_bars(
-            bars, model, windows, options.kv_budget, layout=options.layout, folder=folder
+            bars,
+            model,
+            windows,
+            options.kv_budget,
+            layout=options.layout,
+            objective=options.objective,
+            folder=folder,
         )
     with quiet():
         save = save_converted if is_free else export_deepseek_v3
@@ -101,6 +113,7 @@ def run(options: argparse.Namespace) -> int:
         "model": options.model.name,
         "kv_budget": options.kv_budget,
         "layout": options.layout,
+        "objective": options.objective,
         "calibration_tokens": windows.numel(),
         "seconds": round(time.perf_counter() - start, 1),
         "kept_numbers": kept,
@@ -142,13 +155,14 @@ def convert_with_bars(
     kv_budget: float,
     *,
     layout: Any = "free",
+    objective: Any = "output",
     folder: Path | None = None,
 ) -> tuple[Any, Any]:
     """The conversion and the survey of `mla.integrations.converted`, with bars."""
     from mla.integrations.converted import convert_model, survey_model
 
     layers = model.config.num_hidden_layers
-    is_measured = layout == "free" and kv_budget < 1.0
+    is_measured = layout == "free" and objective == "output" and kv_budget < 1.0
     survey = survey_model(
         model,
         windows,
@@ -160,7 +174,13 @@ def convert_with_bars(
     if layout != "free":
         advance["layout_progress"] = bar(bars, "seek a common layout", layers)
     conversion = convert_model(
-        model, windows, kv_budget=kv_budget, layout=layout, survey=survey, **advance
+        model,
+        windows,
+        kv_budget=kv_budget,
+        layout=layout,
+        objective=objective,
+        survey=survey,
+        **advance,
     )
     return conversion, survey
 

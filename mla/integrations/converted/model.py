@@ -20,6 +20,7 @@ from mla.convert.allocate import allocate
 from mla.convert.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mla.convert.choose import split_candidates
 from mla.convert.deepseek import shared_layout
+from mla.convert.published import published_layer
 from mla.integrations.converted.calibrate import Progress, Survey, survey_model
 from mla.integrations.converted.hosts import (
     MODEL_TYPES,
@@ -33,6 +34,7 @@ from mla.integrations.converted.layer import ConvertedAttention
 from mla.integrations.transformers import replace_attention
 
 Layout = Literal["free", "deepseek_v3"]
+Objective = Literal["output", "published"]
 
 
 class Conversion(NamedTuple):
@@ -48,6 +50,7 @@ def convert_model(
     *,
     kv_budget: float | tuple[int, int] = 0.75,
     layout: Layout = "free",
+    objective: Objective = "output",
     survey: Survey | None = None,
     folder: Path | None = None,
     calibrate_progress: Progress | None = None,
@@ -66,6 +69,8 @@ def convert_model(
             layer.
         layout: "free": sizes and frequencies of each layer's own; "deepseek_v3": those that
             `export_deepseek_v3` can write, the same in all layers.
+        objective: "output": the error of each layer's output; "published": that of its keys and
+            values, every layer alike, for comparison (`mla.convert.published`, without folding).
         survey: of `survey_model` with this ``kv_budget`` among others; None: made here.
         folder: for the survey, which then goes on after an interruption; None: in memory.
         calibrate_progress: called after each window of each layer.
@@ -84,33 +89,40 @@ def convert_model(
         raise ValueError(
             f"convert_model: layout has value {layout!r}, expected one of {list(get_args(Layout))}"
         )
+    if objective not in get_args(Objective) or (objective == "published" and layout != "free"):
+        raise ValueError(
+            f"convert_model: objective has value {objective!r} with layout={layout!r}, expected "
+            f"one of {list(get_args(Objective))}, the last for the free layout only"
+        )
+    is_measured = layout == "free" and objective == "output"
     if survey is None:
         budgets = []
-        if isinstance(kv_budget, float) and kv_budget < 1.0 and layout == "free":
+        if isinstance(kv_budget, float) and kv_budget < 1.0 and is_measured:
             split_candidates(kv_budget, host.num_kv_heads, host.head_dim)  # refuses what is too low
             budgets = [kv_budget]
         survey = survey_model(
             model, windows, kv_budgets=budgets, folder=folder, progress=calibrate_progress
         )
     weights = [attention_weights(layer.self_attn) for layer in decoder_layers(model)]
+    sizes: list[Any] = [kv_budget] * len(weights)
     frequencies = None
     if layout == "deepseek_v3":
         layers = [(w, layer.moments) for w, layer in zip(weights, survey, strict=True)]
         shared = shared_layout(layers, kv_budget=kv_budget, progress=layout_progress, **host.shape)
         sizes, frequencies = [shared.sizes] * len(layers), shared.rotated_frequencies
-    else:
+    elif is_measured:
         sizes = _sizes(survey, kv_budget, host)
     names = {id(module): name for name, module in model.named_modules()}
     tensors = stored_tensors(model)
     configs, reports = [], []
     for index, layer in enumerate(decoder_layers(model)):
-        converted = gqa_to_mla(
-            weights[index],
-            survey[index].moments,
-            kv_budget=sizes[index],
-            rotated_frequencies=frequencies,
-            **host.shape,
-        )
+        moments, shape = survey[index].moments, {"kv_budget": sizes[index], **host.shape}
+        if objective == "published":
+            converted = published_layer(weights[index], moments, **shape)
+        else:
+            converted = gqa_to_mla(
+                weights[index], moments, rotated_frequencies=frequencies, **shape
+            )
         prefix = names[id(layer.self_attn)] + "."
         tensors = {name: x for name, x in tensors.items() if not name.startswith(prefix)}
         tensors |= {f"{prefix}mla.{name}": x for name, x in converted.state_dict.items()}
