@@ -3,6 +3,7 @@
 from tools.mutants import Mutant
 
 DEEPSEEK = "tests/test_convert_deepseek.py"
+FOLDERS = "tests/test_convert_deepseek_folders.py"
 FULL_RANK = f"{DEEPSEEK}::test_full_rank_gives_the_logits_and_tokens_of_the_original"
 BUDGET = f"{DEEPSEEK}::test_a_budget_gives_the_logits_of_the_conversion"
 
@@ -40,7 +41,7 @@ MUTANTS: list[Mutant] = [
         file="mla/convert/deepseek.py",
         original="sizes = [(R, C - 1) for R, C in pairs if R >= 2 and C >= 2]",
         broken="sizes = [(R, C) for R, C in pairs if R >= 2 and C >= 2]",
-        tests=(f"{DEEPSEEK}::test_the_constant_counts",),
+        tests=(f"{FOLDERS}::test_the_constant_counts",),
     ),
     Mutant(
         name="deepseek-writes-frequencies-for-factors",
@@ -61,6 +62,6 @@ MUTANTS: list[Mutant] = [
         file="mla/integrations/converted/deepseek.py",
         original='if not isinstance(values, dict) or values.get("format") != FORMAT:',
         broken='if isinstance(values, dict) and values.get("format") != FORMAT:',
-        tests=(f"{DEEPSEEK}::test_overwrite_replaces_an_exported_model_only",),
+        tests=(f"{FOLDERS}::test_overwrite_replaces_an_exported_model_only",),
     ),
 ]
