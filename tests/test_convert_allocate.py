@@ -26,8 +26,8 @@ transformers = pytest.importorskip("transformers")
 from test_convert_model import grouped_model  # noqa: E402
 
 from mla.convert import gqa_to_mla  # noqa: E402
+from mla.convert.survey import Survey  # noqa: E402
 from mla.integrations.converted import (  # noqa: E402
-    Survey,
     calibrate,
     convert_model,
     read_host,

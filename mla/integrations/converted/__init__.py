@@ -18,13 +18,7 @@ Files:
     deepseek.py   a converted model as a stock `DeepseekV3ForCausalLM`
 """
 
-from mla.integrations.converted.calibrate import (
-    LayerSurvey,
-    Progress,
-    Survey,
-    calibrate,
-    survey_model,
-)
+from mla.integrations.converted.calibrate import Progress, calibrate, survey_model
 from mla.integrations.converted.coded import coded_rows, through_codec
 from mla.integrations.converted.deepseek import (
     ExportCheck,
@@ -48,9 +42,7 @@ __all__ = [
     "ConvertedAttention",
     "ExportCheck",
     "HostAttention",
-    "LayerSurvey",
     "Progress",
-    "Survey",
     "build_model",
     "calibrate",
     "check_export",

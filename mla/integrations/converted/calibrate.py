@@ -10,20 +10,18 @@ Dims: W windows, T tokens of a window, D model width, E = D + 1.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mla.checks import ShapeError
 from mla.convert import InputMoments, MomentSum, attention_received
-from mla.convert.allocate import Option, Sample, measure_options, output_error, sizes_to_try
+from mla.convert.allocate import Sample, measure_options, output_error, sizes_to_try
 from mla.convert.gqa import prepare_layer
+from mla.convert.survey import LayerSurvey, Survey, SurveyFolder
 from mla.integrations.converted.hosts import (
     HostAttention,
     attention_weights,
@@ -35,30 +33,7 @@ from mla.rope import rotate
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
-STATE_FILE = "state.json"
-LAYER_FILE = "layer-{:03d}.safetensors"
 SAMPLE_TOKENS = 1024  # of the calibration text, on which options are measured
-
-
-class LayerSurvey(NamedTuple):
-    """What is known about one layer."""
-
-    moments: InputMoments
-    options: tuple[Option, ...]  # empty where no budget was given
-
-
-class Survey(Sequence[LayerSurvey]):
-    """What is known about all layers of a model: a list, or files that are read when needed."""
-
-    def __init__(self, layers: Sequence[LayerSurvey | Path]) -> None:
-        self._layers = tuple(layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __getitem__(self, index: Any) -> Any:
-        layer = self._layers[index]
-        return _read_layer(layer) if isinstance(layer, Path) else layer
 
 
 def calibrate(
@@ -106,7 +81,7 @@ def survey_model(
             "expected [W, T] token ids"
         )
     num_layers, steps = host.num_layers, host.num_layers * len(windows)
-    state = _State(folder, _fingerprint(model, windows, kv_budgets))
+    state = SurveyFolder(folder, _fingerprint(model, windows, kv_budgets))
     was_training = model.training
     model.eval()
     try:
@@ -176,49 +151,6 @@ class _Observer:
         """The first windows, `SAMPLE_TOKENS` in all."""
         stream = torch.stack(self.norms).to(self.inputs[0].device)
         return Sample(torch.stack(self.inputs), torch.stack(self.outputs), stream)
-
-
-class _State:
-    """How far the survey in a folder has come; layers without a file of their own do not count."""
-
-    def __init__(self, folder: Path | None, fingerprint: str) -> None:
-        self.folder, self.fingerprint, self.done = folder, fingerprint, 0
-        if folder is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            held = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return
-        if held.get("fingerprint") == fingerprint:
-            self.done = int(held["done"])
-
-    def files(self) -> list[Path]:
-        """Of the layers that are done."""
-        return [self._file(index) for index in range(self.done)]
-
-    def finish(self, index: int, survey: LayerSurvey) -> Path:
-        """Write one layer, and that it is done after it."""
-        path = self._file(index)
-        tensors = {name: x.contiguous() for name, x in survey.moments._asdict().items()}
-        save_file(tensors, path, metadata={"options": json.dumps(survey.options)})
-        assert self.folder is not None
-        unfinished = self.folder / f"{STATE_FILE}.part"
-        values = {"fingerprint": self.fingerprint, "done": index + 1}
-        unfinished.write_text(json.dumps(values), encoding="utf-8")
-        unfinished.replace(self.folder / STATE_FILE)
-        return path
-
-    def _file(self, index: int) -> Path:
-        assert self.folder is not None
-        return self.folder / LAYER_FILE.format(index)
-
-
-def _read_layer(path: Path) -> LayerSurvey:
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in InputMoments._fields}
-        options = json.loads(file.metadata()["options"])
-    return LayerSurvey(InputMoments(**tensors), tuple(Option(*values) for values in options))
 
 
 def _fingerprint(model: Any, windows: Tensor, kv_budgets: Sequence[float]) -> str:

@@ -22,6 +22,8 @@ from mla.integrations.converted.heal_records import HealOptions, HealReport
 from mla.integrations.converted.hosts import decoder_layers, read_host
 from mla.integrations.converted.layer import ConvertedAttention
 
+__all__ = ["HealOptions", "HealProgress", "HealReport", "heal"]
+
 OP = "heal"
 
 

@@ -21,7 +21,8 @@ from mla.convert.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from mla.convert.choose import split_candidates
 from mla.convert.deepseek import shared_layout
 from mla.convert.published import published_layer
-from mla.integrations.converted.calibrate import Progress, Survey, survey_model
+from mla.convert.survey import Survey
+from mla.integrations.converted.calibrate import Progress, survey_model
 from mla.integrations.converted.hosts import (
     MODEL_TYPES,
     HostAttention,
