@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mla.cli import bench, check, compile, convert, demo, evaluate, generate, info, plan
+from mla.cli import bench, check, compile, convert, demo, evaluate, generate, heal, info, plan
 from mla.cli.console import one_line
 
 COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {
     "check": (check, "hold every form of the layer on this machine against the oracle"),
     "compile": (compile, "compile the Triton kernels for every target, without a GPU"),
     "convert": (convert, "turn the attention of a Llama-type model into MLA"),
+    "heal": (heal, "train the attention of a converted model for some minutes"),
     "evaluate": (evaluate, "perplexity of a model on a text, with its confidence interval"),
     "generate": (generate, "continue a prompt with a converted or an MLA model"),
     "plan": (plan, "predict cache, time and cost of decoding on one device or many"),
