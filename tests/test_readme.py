@@ -87,6 +87,9 @@ def command_error(line: str) -> str | None:
         except SystemExit as stop:
             return f"mla does not take {words[3:]}" if stop.code else None
         return None
+    if words[:1] == [".venv/bin/torchrun"]:
+        file = next((word for word in words if word.endswith(".py")), "")
+        return None if file and (ROOT / file).exists() else f"no file {file}"
     if words[:1] in (["python"], [".venv/bin/python"]):
         script = words[3] if words[1:3] == ["-m", "pytest"] and len(words) > 3 else words[1]
         file = script.partition("::")[0]
@@ -105,7 +108,14 @@ def test_commands_exist(line):
 
 
 @pytest.mark.parametrize(
-    "line", ["make nothing", "python -m mla nothing", "rm -rf /", "pip install .[nothing]"]
+    "line",
+    [
+        "make nothing",
+        "python -m mla nothing",
+        "rm -rf /",
+        ".venv/bin/torchrun x.py",
+        "pip install .[nothing]",
+    ],
 )
 def test_a_wrong_command_is_seen(line):
     assert command_error(line)
