@@ -1,8 +1,9 @@
-"""Breaks of the conversion into the layout of DeepSeek-V3; see mutants.py."""
+"""Breaks of what shares a budget among layers, and of the layout of DeepSeek-V3; see mutants.py."""
 
 from tools.mutants import Mutant
 
 DEEPSEEK = "tests/test_convert_deepseek.py"
+ALLOCATE = "tests/test_convert_allocate.py"
 FOLDERS = "tests/test_convert_deepseek_folders.py"
 FULL_RANK = f"{DEEPSEEK}::test_full_rank_gives_the_logits_and_tokens_of_the_original"
 BUDGET = f"{DEEPSEEK}::test_a_budget_gives_the_logits_of_the_conversion"
@@ -63,5 +64,47 @@ MUTANTS: list[Mutant] = [
         original='if not isinstance(values, dict) or values.get("format") != FORMAT:',
         broken='if isinstance(values, dict) and values.get("format") != FORMAT:',
         tests=(f"{FOLDERS}::test_overwrite_replaces_an_exported_model_only",),
+    ),
+    Mutant(
+        name="allocate-lets-errors-be",
+        file="mla/convert/allocate.py",
+        original="row[units:] = spent[: room + 1 - units] + option.error",
+        broken="row[units:] = spent[: room + 1 - units] + 1 / option.size",
+        tests=(f"{ALLOCATE}::test_no_other_choice_within_the_budget_has_a_smaller_error",),
+    ),
+    Mutant(
+        name="allocate-walks-one-way",
+        file="mla/convert/allocate.py",
+        original="near = (rope_dim, rope_dim - step, rope_dim + step)",
+        broken="near = (rope_dim, rope_dim + step)",
+        tests=(f"{ALLOCATE}::test_the_walk_ends_where_the_error_is_least",),
+    ),
+    Mutant(
+        name="allocate-forgets-the-stream",
+        file="mla/convert/allocate.py",
+        original="errors.append((difference.square().sum(-1) / stream.float()).mean())",
+        broken="errors.append(difference.square().sum(-1).mean())",
+        tests=(f"{ALLOCATE}::test_the_error_is_that_of_the_layer_on_its_own_inputs",),
+    ),
+    Mutant(
+        name="survey-overwrites-the-stream-it-reads",
+        file="mla/integrations/converted/stream.py",
+        original='path = self.folder / f"stream-{index % 2}.bin"',
+        broken='path = self.folder / "stream-0.bin"',
+        tests=(f"{ALLOCATE}::test_an_interrupted_survey_goes_on",),
+    ),
+    Mutant(
+        name="survey-trusts-other-windows",
+        file="mla/integrations/converted/calibrate.py",
+        original="found.update(windows.cpu().numpy().tobytes())",
+        broken="found.update(b'')",
+        tests=(f"{ALLOCATE}::test_a_survey_of_something_else_is_begun_anew[windows]",),
+    ),
+    Mutant(
+        name="stream-without-the-mask",
+        file="mla/integrations/converted/stream.py",
+        original="seen.append((hidden, kwargs))",
+        broken='seen.append((hidden, kwargs | {"attention_mask": None}))',
+        tests=(f"{ALLOCATE}::test_layers_see_what_they_see_in_the_whole_model[eager-llama]",),
     ),
 ]
