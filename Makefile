@@ -12,6 +12,9 @@
 #   make bench      quick benchmarks, minutes, to out/bench; a second run goes on where one stopped
 #   make bench-full every point of every benchmark
 #   make bench-compare BASE=REF  this tree against a version in git, slowdowns flagged
+#   make convert-report  what conversions cost by bytes, beside the published objective and plain
+#                   quantisation: within 40 minutes; HEAL=1: also healed, two hours; goes on where
+#                   it stopped
 #   make plots      the figures of benchmarks/figures from the rows in benchmarks/results
 #   make gpu        tests and benchmarks on a GPU: OUT=DIR COMMIT=SHA PART=all|tests|decode|prefill|
 #                   append|tune, in the Python that sees it (GPU_PYTHON=python3); results in OUT
@@ -118,8 +121,12 @@ bench-compare: data
 	    "make bench-compare BASE=main~1" >&2; exit 2; }
 	@$(PY) -m benchmarks.compare "$(BASE)" --quick $(BENCH_ARGS)
 
+convert-report: data
+	@$(PY) -m benchmarks.convert_report $(if $(filter-out 0,$(HEAL)),--heal) $(REPORT_ARGS)
+
 plots: env
 	@$(PY) -m benchmarks.plot
+	@$(PY) -m benchmarks.convert_plots
 
 gpu:
 	@$(GPU_PYTHON) -c 'import torch, triton, pytest, hypothesis, einops' || \
