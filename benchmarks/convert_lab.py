@@ -25,8 +25,8 @@ from mla.convert.allocate import allocate
 from mla.convert.checkpoint import Checkpoint
 from mla.convert.choose import size_step
 from mla.convert.published import published_layer
+from mla.convert.survey import Survey
 from mla.integrations.converted import (
-    Survey,
     build_model,
     coded_rows,
     convert_model,
