@@ -195,8 +195,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         name="conversion-takes-distance-0-for-dropped-pairs",
         file="mla/convert/gqa.py",
-        original="unrotated_query = as_real(as_complex(heads.query) * rotation[:, None])",
-        broken="unrotated_query = heads.query",
+        original="unrotated_query=as_real(as_complex(heads.query) * rotation[:, None]),",
+        broken="unrotated_query=heads.query,",
         tests=(f"{CONVERT}::test_unrotated_scores_are_the_mean_over_distances",),
     ),
     Mutant(

@@ -42,7 +42,12 @@ def text() -> Tensor:
 
 
 def one_process(seed: int) -> Result:
-    return _train(Way(1, 1), seed, None)
+    """Without ranks, and with the default dtype as it was: here other tests go on."""
+    dtype = torch.get_default_dtype()
+    try:
+        return _train(Way(1, 1), seed, None)
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def on_ranks(way: Way, seed: int) -> Result:
