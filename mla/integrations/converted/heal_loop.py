@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mla.convert import compare_losses
 from mla.integrations.converted.heal_match import layer_tasks, match_layer
+from mla.integrations.converted.heal_measure import Judge, logits_of
 from mla.integrations.converted.heal_records import HealOptions, HealReport, Measure
 from mla.integrations.converted.heal_state import HealState, load_state, save_state, task_of
 
@@ -23,11 +23,25 @@ LAST_RATE = 0.1  # of the cosine, relative to the first
 HealProgress = Callable[[str, int, int, float], None]  # (phase, done, in all, last loss)
 
 
+def window_of(step: int, count: int, seed: int) -> int:
+    """Every one of ``count`` windows once before any twice, in an order of its own each time."""
+    epoch, index = divmod(step, count)
+    rng = torch.Generator().manual_seed(seed + epoch)
+    return int(torch.randperm(count, generator=rng)[index])
+
+
+def rate_at(step: int, done: float, warmup: int) -> float:
+    """Share of the learning rate: warm up by steps, fall with ``done``, the share of the way."""
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+    return min(1.0, (step + 1) / (warmup + 1)) * (LAST_RATE + (1.0 - LAST_RATE) * cosine)
+
+
 class Healing:
-    """The loop; what it has to remember is in `HealState`."""
+    """One call of `heal`; what it has to remember is in `HealState`."""
 
     progress: HealProgress | None = None
     file: Path | None = None
+    state: HealState
 
     def __init__(
         self,
@@ -40,8 +54,7 @@ class Healing:
         attentions: Sequence[nn.Module],
     ) -> None:
         self.converted, self.original = converted, original
-        self.train, self.test = windows[: -options.held_out], windows[-options.held_out :]
-        self.steps, self.limit, self.options = steps, seconds, options
+        self.windows, self.steps, self.limit, self.options = windows, steps, seconds, options
         self.attentions = attentions
         self.parameters = [x for attention in attentions for x in attention.parameters()]
         self.scales = {
@@ -52,26 +65,19 @@ class Healing:
         self.base = self.base_processor = 0.0  # seconds of earlier processes
         self.evaluation_seconds = 0.0
 
-    # --- the whole ---------------------------------------------------------------------------
-
     def run(self, resume: bool) -> HealReport:
-        task = task_of(
-            self.options,
-            self.steps,
-            self.limit,
-            windows=[self.train, self.test],
-            weights=self.parameters,
+        """All of it; the converted model has the best weights afterwards."""
+        held_out = self.options.held_out
+        self.task = task_of(
+            self.options, self.steps, self.limit, windows=[self.windows], weights=self.parameters
         )
-        self.task = task
-        with torch.no_grad(), self._arithmetic():
-            self.targets = [self._hidden(window) for window in self.test]
-            self.original_losses = self._evaluate(self.original)[1]
-        if resume:
-            assert self.file is not None
-            self.state = load_state(self.file, task, self.converted.device)
+        self.train, test = self.windows[:-held_out], self.windows[-held_out:]
+        if resume and self.file is not None:
+            self.state = load_state(self.file, self.task)
             self.base, self.base_processor = self.state.seconds, self.state.processor_seconds
             self._load(self.state.weights)
-        else:
+        self.judge = Judge(self.original, test, bfloat16=self.options.bfloat16)
+        if not resume:
             measure, losses = self._measure(0)
             weights = self._weights()
             self.state = HealState(weights, weights, losses, measure, measure, losses)
@@ -82,42 +88,22 @@ class Healing:
         self._load(self.state.best)
         return self._report()
 
-    def _report(self) -> HealReport:
-        state = self.state
-        return HealReport(
-            steps=len(state.losses),
-            tokens=len(state.losses) * self.train.shape[1],
-            stopped=str(state.stopped),
-            best_step=state.best_measure.step,
-            seconds=state.seconds,
-            processor_seconds=state.processor_seconds,
-            before=compare_losses(self.original_losses, state.before_losses),
-            after=compare_losses(self.original_losses, state.best_losses),
-            divergence_before=state.before.divergence,
-            divergence_after=state.best_measure.divergence,
-            layers=tuple(state.layers),
-            held_out=tuple(state.held_out),
-            losses=tuple(state.losses),
-        )
-
     def _match(self) -> None:
         """Layer by layer; taken back if the logits on held-out windows are no better for it."""
         state, options = self.state, self.options
         if options.match_steps:
-            windows = torch.cat([self.train[: options.match_windows], self.test])
-            with self._arithmetic():
+            windows = torch.cat([self.train[: options.match_windows], self.judge.windows])
+            with self.judge.arithmetic():
                 for index, layer in enumerate(layer_tasks(self.original, windows)):
                     if index < len(state.layers):
-                        continue  # done before the interruption
+                        continue  # done before an interruption
                     matched = match_layer(
                         self.attentions[index],
                         layer,
                         held_out=options.held_out,
                         steps=options.match_steps,
-                        make_optimizer=self._optimizer,
-                        set_rate=lambda optimizer, step: self._set_rate(
-                            optimizer, options.match_rate, step, step / options.match_steps
-                        ),
+                        optimizer=self._optimizer(list(self.attentions[index].parameters())),
+                        set_rate=self._set_match_rate,
                     )
                     state.layers.append(matched)
                     self._tell("match", len(state.layers), len(self.attentions), matched.after)
@@ -131,6 +117,7 @@ class Healing:
         self._save()
 
     def _distil(self) -> None:
+        """Step by step, until steps, time or patience end."""
         state, options = self.state, self.options
         optimizer = self._optimizer(self.parameters)
         if state.optimizer is not None:
@@ -140,32 +127,30 @@ class Healing:
             if step == self.steps or self._share_of_time() >= 1.0:
                 state.stopped = "steps" if step == self.steps else "time"
             else:
-                loss = self._step(optimizer, step)
-                state.losses.append(loss)
-                self._tell("distil", step + 1, self.steps, loss)
-                if not math.isfinite(loss):
+                state.losses.append(self._step(optimizer, step))
+                step += 1
+                self._tell("distil", step, self.steps, state.losses[-1])
+                if not math.isfinite(state.losses[-1]):
                     state.stopped = "divergence"
-            is_last = state.stopped is not None
-            step = len(state.losses)
-            if (is_last and state.held_out[-1].step < step) or step % options.evaluate_every == 0:
-                if state.held_out[-1].step < step:
-                    measure, losses = self._measure(step)
-                    state.held_out.append(measure)
-                    self._consider(measure, losses)
+            is_due = step % options.evaluate_every == 0 or state.stopped is not None
+            if is_due and state.held_out[-1].step < step:
+                measure, losses = self._measure(step)
+                state.held_out.append(measure)
+                self._consider(measure, losses)
                 waited = sum(x.step > state.best_measure.step for x in state.held_out)
-                if not is_last and waited >= options.patience:
+                if state.stopped is None and waited >= options.patience:
                     state.stopped = "no improvement"
-            if state.stopped is not None or step % options.save_every == 0:
+            if step % options.save_every == 0 or state.stopped is not None:
                 state.optimizer = optimizer.state_dict()
                 self._save()
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """One window; returns its loss before the step."""
-        window = self.train[self._window_of(step)]
-        with self._arithmetic():
+        window = self.train[window_of(step, len(self.train), self.options.seed)]
+        with self.judge.arithmetic():
             with torch.no_grad():
-                hidden = self._hidden(window)
-            loss = self._divergence(hidden, self._logits(self.converted, window)).mean()
+                hidden = self.judge.hidden(window)
+            loss = self.judge.divergence(hidden, logits_of(self.converted, window)).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.options.clip)
         done = max(step / self.steps, self._share_of_time())
@@ -174,14 +159,6 @@ class Healing:
         optimizer.zero_grad()
         return loss.item()
 
-    # --- parts -------------------------------------------------------------------------------
-
-    def _window_of(self, step: int) -> int:
-        """Every window once before any twice, in an order of its own each time."""
-        epoch, index = divmod(step, len(self.train))
-        rng = torch.Generator().manual_seed(self.options.seed + epoch)
-        return int(torch.randperm(len(self.train), generator=rng)[index])
-
     def _optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         groups = [{"params": [x], "scale": self.scales[id(x)]} for x in parameters]
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -189,53 +166,18 @@ class Healing:
     def _set_rate(
         self, optimizer: torch.optim.Optimizer, rate: float, step: int, done: float
     ) -> None:
-        """Warm up by steps, then fall with ``done``, the share of the way that lies behind."""
-        warm = min(1.0, (step + 1) / (self.options.warmup + 1))
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+        share = rate_at(step, done, self.options.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"] * warm * (LAST_RATE + (1.0 - LAST_RATE) * cosine)
+            group["lr"] = rate * share * group["scale"]
 
-    def _arithmetic(self) -> torch.autocast:
-        """bfloat16 products where they are asked for, or the frozen weights are stored so."""
-        model = self.converted.get_input_embeddings().weight.dtype
-        is_on = self.options.bfloat16 or model == torch.bfloat16
-        return torch.autocast(self.converted.device.type, torch.bfloat16, enabled=is_on)
-
-    def _hidden(self, window: Tensor) -> Tensor:
-        """``[T, D]`` of the original before its head."""
-        hidden: Tensor = self.original.base_model(input_ids=window[None], use_cache=False)[0][0]
-        return hidden
-
-    def _logits(self, model: Any, window: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0]
-        return logits
-
-    def _divergence(self, hidden: Tensor, logits: Tensor) -> Tensor:
-        """``[T]`` KL(original || converted) in float32, or the wider dtype of the logits."""
-        with torch.no_grad():
-            wanted = self.original.get_output_embeddings()(hidden)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        found, wanted = (F.log_softmax(x, dim=-1, dtype=dtype) for x in (logits, wanted))
-        return F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
-
-    @torch.no_grad()
-    def _evaluate(self, model: Any) -> tuple[float, Tensor]:
-        """Mean divergence and ``[W, T-1]`` losses in nats, on the held-out windows."""
-        divergences, losses = [], []
-        with self._arithmetic():
-            for window, hidden in zip(self.test, self.targets, strict=True):
-                logits = self._logits(model, window)
-                divergences.append(self._divergence(hidden, logits).mean())
-                loss = F.cross_entropy(logits[:-1].float(), window[1:], reduction="none")
-                losses.append(loss.double().cpu())
-        return float(torch.stack(divergences).mean()), torch.stack(losses)
+    def _set_match_rate(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        self._set_rate(optimizer, self.options.match_rate, step, step / self.options.match_steps)
 
     def _measure(self, step: int) -> tuple[Measure, Tensor]:
         start = time.perf_counter()
-        divergence, losses = self._evaluate(self.converted)
+        result = self.judge.measure(self.converted, step)
         self.evaluation_seconds = time.perf_counter() - start
-        change = float((losses - self.original_losses).mean())
-        return Measure(step, divergence, math.exp(min(change, 100.0))), losses
+        return result
 
     def _consider(self, measure: Measure, losses: Tensor) -> None:
         """Keep the weights of now if they are the best ones."""
@@ -271,5 +213,24 @@ class Healing:
         state.seconds = self._spent()
         state.processor_seconds = self.base_processor + time.process_time() - self.start_processor
         if self.file is not None:
-            state.weights = self._weights()
+            is_best = bool(state.held_out) and state.best_measure.step == len(state.losses)
+            state.weights = state.best if is_best else self._weights()  # stored once if the same
             save_state(self.file, state, self.task)
+
+    def _report(self) -> HealReport:
+        state = self.state
+        return HealReport(
+            steps=len(state.losses),
+            tokens=len(state.losses) * self.windows.shape[1],
+            stopped=str(state.stopped),
+            best_step=state.best_measure.step,
+            seconds=state.seconds,
+            processor_seconds=state.processor_seconds,
+            before=compare_losses(self.judge.losses, state.before_losses),
+            after=compare_losses(self.judge.losses, state.best_losses),
+            divergence_before=state.before.divergence,
+            divergence_after=state.best_measure.divergence,
+            layers=tuple(state.layers),
+            held_out=tuple(state.held_out),
+            losses=tuple(state.losses),
+        )

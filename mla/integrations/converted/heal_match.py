@@ -10,7 +10,7 @@ Dims: W windows, T tokens, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +68,7 @@ def match_layer(
     *,
     held_out: int,
     steps: int,
-    make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     set_rate: Callable[[torch.optim.Optimizer, int], None],
 ) -> LayerMatch:
     """Train one layer, in place, and keep the new weights if they are better on held-out windows.
@@ -77,14 +77,14 @@ def match_layer(
         attention: takes ``[1, T, D]``; all its parameters are trained.
         task: the last ``held_out`` windows are not trained on.
         steps: one window each, in turn.
-        make_optimizer, set_rate: as in the distillation.
+        optimizer: of all parameters of ``attention``.
+        set_rate: called with the optimizer and the number of steps done, before each.
     """
     parameters = list(attention.parameters())
     start = [x.detach().clone() for x in parameters]
     last = slice(len(task.inputs) - held_out, None)
     with torch.no_grad():
         before = relative_error(attention, task, last).item()
-    optimizer = make_optimizer(parameters)
     for step in range(steps):
         index = step % (len(task.inputs) - held_out)
         loss = relative_error(attention, task, slice(index, index + 1))

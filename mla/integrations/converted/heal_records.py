@@ -41,7 +41,7 @@ class HealOptions:
     held_out: int = 4  # windows, the last ones
     evaluate_every: int = 25  # steps
     patience: int = 4  # measures without a new best one before it stops
-    save_every: int = 25  # layers or steps
+    save_every: int = 50  # layers or steps
     bfloat16: bool = False  # matrix products of a float32 model; trained weights stay float32
     checkpointing: bool = False  # blocks are computed again in the backward pass
     seed: int = 0  # of the order of the windows

@@ -20,8 +20,8 @@ FORMAT = "mla-healing-1"
 class HealState:
     """Everything that the rest of a healing depends on, besides models, text and options."""
 
-    weights: list[Tensor]  # of the step that comes next
-    best: list[Tensor]  # on the CPU
+    weights: list[Tensor]  # of the step that comes next; these and the best are on the CPU
+    best: list[Tensor]
     best_losses: Tensor  # [W, T-1] of the held-out windows
     best_measure: Measure
     before: Measure
@@ -49,7 +49,7 @@ def save_state(path: Path, state: HealState, task: dict[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def load_state(path: Path, task: dict[str, Any], device: torch.device) -> HealState:
+def load_state(path: Path, task: dict[str, Any]) -> HealState:
     """Read a file of `save_state`; nothing in it is executed.
 
     Raises:
@@ -79,7 +79,6 @@ def load_state(path: Path, task: dict[str, Any], device: torch.device) -> HealSt
         state[name] = Measure(*state[name])
     state["layers"] = [LayerMatch(*entry) for entry in state["layers"]]
     state["held_out"] = [Measure(*entry) for entry in state["held_out"]]
-    state["weights"] = [x.to(device) for x in state["weights"]]
     return HealState(**state)
 
 
