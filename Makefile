@@ -8,6 +8,7 @@
 #   make test-oldest  the transformers drop-in on the oldest transformers that is supported
 #   make test-vllm  the vLLM plugin inside vLLM, in an environment of its own (Python 3.11)
 #   make test-deepspeed  training under DeepSpeed, which is installed beside the environment
+#   make test-ray   batch generation on Ray, which is installed beside the environment
 #   make check      ruff, mypy, layering
 #   make bench      quick benchmarks, minutes, to out/bench; a second run goes on where one stopped
 #   make bench-full every point of every benchmark
@@ -45,7 +46,7 @@ export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help env data demo test test-oldest test-vllm test-deepspeed check bench bench-full bench-compare plots gpu mutants sanitize thorough clean
+.PHONY: help env data demo test test-oldest test-vllm test-deepspeed test-ray check bench bench-full bench-compare plots gpu mutants sanitize thorough clean
 .NOTPARALLEL:
 
 help:
@@ -102,6 +103,19 @@ $(DEEPSPEED_DIR): | env
 test-deepspeed: $(DEEPSPEED_DIR)
 	@PYTHONPATH=$(DEEPSPEED_DIR) DS_ACCELERATOR=cpu $(PYTEST) -n 0 --timeout 600 \
 	    -m deepspeed tests/parallel $(TEST_ARGS)
+
+# With its dependencies in the versions of .venv; none of them is torch. Workers start in other folders.
+RAY := 2.60.0
+RAY_DIR := .cache/ray-$(RAY)
+
+$(RAY_DIR): | env
+	@rm -rf $@.part && mkdir -p .cache
+	@$(PY) -m pip install -q --disable-pip-version-check --only-binary :all: \
+	    --constraint constraints.txt --target $@.part "ray[data]==$(RAY)"
+	@mv $@.part $@
+
+test-ray: $(RAY_DIR)
+	@PYTHONPATH=$(abspath $(RAY_DIR)) $(PYTEST) -n 0 --timeout 900 tests/ray_cluster $(TEST_ARGS)
 
 check: env
 	@$(PY) -m ruff check .

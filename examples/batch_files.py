@@ -62,7 +62,8 @@ def _prompt_of_json(line: str, where: str) -> Prompt:
         is_list = isinstance(tokens, list) and bool(tokens) and prompt is None
         if is_list and all(type(token) is int for token in tokens):
             return list(tokens)
-    raise CommandError(f'{where}: expected {{"prompt": "text"}} or {{"tokens": [1, 2]}}')
+    expected = '{"prompt": "text"} or {"tokens": [1, 2]}'
+    raise CommandError(f"{where} holds no prompt, expected {expected}")
 
 
 def encode(prompts: Sequence[Prompt], tokenizer: Any, limits: Limits, room: int) -> list[list[int]]:
@@ -130,7 +131,7 @@ class Journal:
         whole = b"" if restart or not path.exists() else path.read_bytes()
         whole = whole[: whole.rfind(b"\n") + 1]  # the last line may have been cut off
         lines = [json.loads(line) for line in whole.splitlines()]
-        if not lines:
+        if len(lines) < 2:  # no part was finished: nothing to go on from
             path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
             return
         other = sorted(name for name in settings if lines[0].get(name) != settings[name])

@@ -144,8 +144,9 @@ def cluster(options: argparse.Namespace) -> Iterator[None]:
         }
     try:
         ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError) as error:
-        raise CommandError(f"--address has value {options.address!r}: {one_line(error)}") from None
+    except Exception as error:  # Ray raises plain ones
+        what = "Ray did not start" if options.address is None else f"--address {options.address}"
+        raise CommandError(f"{what}: {one_line(error)}") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the reports are ours
     has = ray.cluster_resources()
