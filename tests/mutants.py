@@ -10,6 +10,7 @@ from mutants_context import MUTANTS as BREAKS_OF_CONTEXT
 from mutants_convert import MUTANTS as BREAKS_OF_CONVERSION
 from mutants_cpp import MUTANTS as BREAKS_OF_CPP
 from mutants_files import MUTANTS as BREAKS_OF_FILES
+from mutants_heal import MUTANTS as BREAKS_OF_HEALING
 from mutants_kernels import MUTANTS as BREAKS_OF_KERNELS
 from mutants_ops import MUTANTS as BREAKS_OF_OPS
 from mutants_paged import MUTANTS as BREAKS_OF_PAGES
@@ -44,6 +45,7 @@ MUTANTS: list[Mutant] = [
     *BREAKS_OF_PAGES,
     *BREAKS_OF_CPP,
     *BREAKS_OF_CONVERSION,
+    *BREAKS_OF_HEALING,
     *BREAKS_OF_VLLM,
     *BREAKS_OF_PLAN,
     *BREAKS_OF_CONTEXT,

@@ -31,15 +31,18 @@ def logits(model, ids):
 def test_attention_alone_is_trained_and_the_original_keeps_every_bit(make, checkpointing):
     original, conversion = converted_pair(make)
     model = conversion.model
+    original.train()
     before = {name: x.clone() for name, x in original.state_dict().items()}
-    attention = attention_weights(model)
+    attention, trained = attention_weights(model), set()
     heal(
-        model,
-        original,
-        WINDOWS,
+        *(model, original, WINDOWS),
         steps=6,
         options=HealOptions(**FAST, checkpointing=checkpointing),
+        progress=lambda *_: trained.update(
+            n for n, x in model.named_parameters() if x.requires_grad
+        ),
     )
+    assert trained == {name for name, _ in model.named_parameters() if ".self_attn." in name}
     assert all(torch.equal(x, before[name]) for name, x in original.state_dict().items())
     theirs = {x.data_ptr(): name for name, x in original.named_parameters()}
     for name, x in model.named_parameters():
@@ -48,7 +51,7 @@ def test_attention_alone_is_trained_and_the_original_keeps_every_bit(make, check
         assert all(x.requires_grad and x.grad is None for x in parameters)
     for old, new in zip(attention, attention_weights(model), strict=True):
         assert old.dtype == new.dtype and not torch.equal(old, new)
-    assert not any(module.training for module in model.modules())
+    assert original.training and not any(module.training for module in model.modules())
     assert not any(module._forward_pre_hooks for module in original.modules())
 
 

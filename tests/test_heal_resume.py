@@ -157,21 +157,23 @@ def test_command_heals_interrupts_and_resumes(folders, tmp_path, capsys, monkeyp
     assert main(command(folders, tmp_path / "rushed", "--minutes", "0.0001", "--no-matching")) == 0
     from mla.cli import heal as module
 
-    original = module._Bars.__call__
+    shown, calls = module._Bars.__call__, []
 
     def interrupted(self, phase, done, of, loss):
-        original(self, phase, done, of, loss)
-        if (phase, done) == ("distil", 52):
+        shown(self, phase, done, of, loss)
+        calls.append((phase, done))
+        if calls.count(("distil", 52)) == 1 and done == 52:
             raise KeyboardInterrupt
 
     capsys.readouterr()
-    with monkeypatch.context() as patch:
-        patch.setattr(module._Bars, "__call__", interrupted)
-        assert main(command(folders, out)) == 130
+    monkeypatch.setattr(module._Bars, "__call__", interrupted)
+    assert main(command(folders, out)) == 130
     assert not out.exists() and [x.name for x in tmp_path.glob("*.healing")] == ["healed.healing"]
     assert main(command(folders, out)) == 2
     assert "--resume goes on, --force starts anew" in capsys.readouterr().err
     assert main(command(folders, out, "--resume")) == 0
+    assert calls[-4:] == [("distil", step) for step in (51, 52, 53, 54)]
+    assert calls.count(("distil", 50)) == 1  # the last one that was written
     printed = capsys.readouterr().out
     last = printed.strip().splitlines()[-1]
     assert last.startswith("heal: done, 54 steps in ") and "held-out text" in last

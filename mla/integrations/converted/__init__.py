@@ -16,6 +16,7 @@ Files:
     model.py      convert, build, save, load
     coded.py      the quality of 8- and 4-bit rows
     deepseek.py   a converted model as a stock `DeepseekV3ForCausalLM`
+    heal.py       a short distillation of the converted attention; heal_*.py are its parts
 """
 
 from mla.integrations.converted.calibrate import Progress, calibrate, survey_model
@@ -27,6 +28,7 @@ from mla.integrations.converted.deepseek import (
     export_deepseek_v3,
     to_deepseek_v3,
 )
+from mla.integrations.converted.heal import HealOptions, HealReport, heal
 from mla.integrations.converted.hosts import HostAttention, read_host
 from mla.integrations.converted.layer import ConvertedAttention
 from mla.integrations.converted.model import (
@@ -41,6 +43,8 @@ __all__ = [
     "Conversion",
     "ConvertedAttention",
     "ExportCheck",
+    "HealOptions",
+    "HealReport",
     "HostAttention",
     "Progress",
     "build_model",
@@ -50,6 +54,7 @@ __all__ = [
     "convert_model",
     "convert_to_deepseek_v3",
     "export_deepseek_v3",
+    "heal",
     "load_converted",
     "read_host",
     "save_converted",

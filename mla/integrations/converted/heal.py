@@ -69,11 +69,15 @@ def heal(
     if resume and state is None:
         raise ValueError("heal: state has value None, expected a file to resume from")
     share_frozen(converted, original)
-    windows = windows.to(converted.device)
-    with only_attention(converted, checkpointing=options.checkpointing) as attentions:
-        healing = Healing(converted, original, windows, steps, seconds, options, attentions)
-        healing.progress, healing.file = progress, state
-        return healing.run(resume)
+    windows, was_training = windows.to(converted.device), original.training
+    original.eval()
+    try:
+        with only_attention(converted, checkpointing=options.checkpointing) as attentions:
+            healing = Healing(converted, original, windows, steps, seconds, options, attentions)
+            healing.progress, healing.file = progress, state
+            return healing.run(resume)
+    finally:
+        original.train(was_training)
 
 
 def _check(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mla.integrations.converted.heal_records import LayerMatch
-from mla.integrations.converted.hosts import decoder_layers
+from mla.integrations.converted.stream import LayerStream
 
 
 class LayerTask(NamedTuple):
@@ -31,29 +31,24 @@ class LayerTask(NamedTuple):
 @torch.no_grad()
 def layer_tasks(original: Any, windows: Tensor) -> Iterator[LayerTask]:
     """The task of every layer in turn, from one pass over ``windows [W, T]``."""
-    layers, seen = decoder_layers(original), []
+    stream = LayerStream(original, windows)
+    for _ in stream.layers:
+        yield _next_task(stream)
 
-    def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
-        seen.append((stream, kwargs))
 
-    handle = layers[0].register_forward_pre_hook(observe, with_kwargs=True)
-    try:
-        for window in windows:
-            original.base_model(input_ids=window[None], use_cache=False)
-    finally:
-        handle.remove()
-    streams = [stream for stream, _ in seen]
-    for layer in layers:
-        inputs, outputs, weights = [], [], []
-        for index, (_, kwargs) in enumerate(seen):
-            x = layer.input_layernorm(streams[index])
-            y = layer.self_attn(hidden_states=x, **kwargs)[0]
-            inputs.append(x)
-            outputs.append(y)
-            weights.append((streams[index] + y).float().square().sum(-1).reciprocal())
-            streams[index] = layer(streams[index], **kwargs)
-        yield LayerTask(torch.cat(inputs), torch.cat(outputs), torch.cat(weights))
+def _next_task(stream: LayerStream) -> LayerTask:
+    """Take the stream through its next layer and keep what the attention read and wrote."""
+    inputs, outputs, weights = [], [], []
+
+    def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x, y = args[0] if args else kwargs["hidden_states"], output[0]
+        residual = stream.hidden[len(inputs)].to(x.device)
+        inputs.append(x)
+        outputs.append(y)
+        weights.append((residual + y).float().square().sum(-1).reciprocal())
+
+    stream.advance(observe, progress=lambda done: None)
+    return LayerTask(torch.cat(inputs), torch.cat(outputs), torch.cat(weights))
 
 
 def relative_error(attention: nn.Module, task: LayerTask, rows: slice) -> Tensor:

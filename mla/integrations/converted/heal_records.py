@@ -36,7 +36,7 @@ class HealOptions:
     warmup: int = 10  # steps of a rate that grows from 0; a cosine follows, down to a tenth
     clip: float = 1.0  # largest norm of the gradient
     match_rate: float = 3e-4
-    match_steps: int = 24  # for each layer; 0: no matching
+    match_steps: int = 16  # for each layer; 0: no matching
     match_windows: int = 8  # whose residual stream is kept, beside the held-out ones
     held_out: int = 4  # windows, the last ones
     evaluate_every: int = 25  # steps
