@@ -34,6 +34,8 @@ NAMES = {
     "int4/64/8/1": "int4, rope int8",
 }
 
+TICKS = (1, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100)
+
 
 def draw(source: Path, folder: Path) -> list[Path]:
     """``convert.png`` and ``convert.svg`` in ``folder`` from the rows of a CSV file."""
@@ -88,6 +90,8 @@ def series(rows: Rows) -> dict[str, Rows]:
 
 def draw_model(axis: Any, rows: Rows) -> None:
     """One panel; the original, 16 bits a number, is the point at 100 %."""
+    import numpy as np
+
     for name, own in series(rows).items():
         own = sorted(own, key=lambda row: float(row["bytes_per_token"]))
         shares = [100 * float(r["bytes_per_token"]) / float(r["original_bytes"]) for r in own]
@@ -96,13 +100,14 @@ def draw_model(axis: Any, rows: Rows) -> None:
         axis.errorbar(shares, ratios, yerr=errors, label=name, capsize=2, **style)
     axis.plot([100], [1.0], "o", color=INK, markersize=7, label="unconverted, bf16")
     axis.axhline(1.0, color="#777777", linewidth=1.0, zorder=1)
-    axis.set_yscale("log")
-    ratios = [float(row["ratio"]) for row in rows]
-    top = max([1.1, *ratios])
-    ticks = [x for x in (1, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 30, 100) if x <= 1.15 * top]
+    # Of the excess over 1: linear below .02 (noise reaches under 1), logarithmic above.
+    scale = (lambda y: np.arcsinh((y - 1) / 0.02), lambda z: 1 + 0.02 * np.sinh(z))
+    axis.set_yscale("function", functions=scale)
+    top = max([1.1, *(float(row["ratio"]) for row in rows)])
+    ticks = [x for x in TICKS if x <= 1.15 * top]
     axis.set_yticks(ticks, [f"{x:g}" for x in ticks])
     axis.minorticks_off()
-    axis.set_ylim(0.985, 1.1 * top)
+    axis.set_ylim(0.99, 1.2 * top - 0.2)
     axis.set_xlabel(f"bytes of a token, % of {int(float(rows[0]['original_bytes'])):,}", color=INK)
 
 

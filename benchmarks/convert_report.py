@@ -320,9 +320,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = {name: getattr(options, name) for name in vars(base) if name in vars(options)}
     settings = replace(base, **{k: v for k, v in given.items() if v is not None})
     rows = RowFile(options.out, settings, fresh=options.fresh)
+    wanted = [case for case in cases(heal=options.heal) if options.only in label(case)]
     with bars() as progress:
         left = run(
-            [case for case in cases(heal=options.heal) if options.only in label(case)],
+            [] if options.show else wanted,
             labs(settings, options.work, progress),
             rows,
             settings,
@@ -349,6 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="2 windows of 256 tokens")
     parser.add_argument("--heal", action="store_true", help="rows after a short distillation too")
     parser.add_argument("--fresh", action="store_true", help="forget the rows that are there")
+    parser.add_argument("--show", action="store_true", help="tables and plot of the rows so far")
     parser.add_argument("--only", default="", metavar="WORDS", help="rows whose label has this")
     parser.add_argument(
         "--minutes",

@@ -10,34 +10,32 @@ from rich.table import Table
 
 # Share of saved bytes: perplexity ratio without training, after healing.
 GOALS = {0.25: (1.05, 1.03), 0.5: (1.18, 1.10), 0.6: (1.08, 1.05), 0.75: (1.22, 1.12)}
+HAS_GOALS = ("SmolLM2-135M",)
 Row = Mapping[str, Any]
 
 
 def show_tables(rows: Sequence[Row], console: Console) -> None:
-    """One table by budget for each model, one of all codecs, then sentences."""
+    """For each model by budget: ours and the published objective, all codecs, who wins."""
     for model in dict.fromkeys(str(row["model"]) for row in rows):
         own = [row for row in rows if row["model"] == model]
-        console.print(budget_table(model, own))
+        if any(row["method"] in ("ours", "published", "healed") for row in own):
+            console.print(budget_table(model, own))
+            console.print(winner_table(model, own))
         if len({row["codec"] for row in own if row["method"] == "ours"}) > 1:
             console.print(codec_table(model, own))
-        for line in sentences(model, own):
-            console.print(line, soft_wrap=True)
-    console.print(
-        "Speed of decoding at 4096 tokens, converted against original: `make demo` and the rows "
-        "smollm2 of `python -m benchmarks.bench_models`.",
-        soft_wrap=True,
-    )
+    for line in arithmetic_lines(rows):
+        console.print(line, soft_wrap=True)
 
 
 def budgets(rows: Sequence[Row]) -> list[float]:
     """Shares of saved bytes that were asked for."""
-    return sorted({float(row["saved"]) for row in rows if row["saved"] is not None})
+    return sorted({row["saved"] for row in rows if row["saved"] is not None})
 
 
 def at(rows: Sequence[Row], method: str, saved: float) -> list[Row]:
     """Rows of one method at one budget, best first."""
     found = [row for row in rows if row["method"] == method and row["saved"] == saved]
-    return sorted(found, key=lambda row: float(row["ratio"] or 0))
+    return sorted(found, key=lambda row: row["ratio"])
 
 
 def within(rows: Sequence[Row], method: str, saved: float) -> list[Row]:
@@ -45,10 +43,9 @@ def within(rows: Sequence[Row], method: str, saved: float) -> list[Row]:
     found = [
         row
         for row in rows
-        if row["method"] == method
-        and float(row["bytes_per_token"]) <= (1 - saved) * float(row["original_bytes"])
+        if row["method"] == method and row["bytes_per_token"] <= (1 - saved) * row["original_bytes"]
     ]
-    return sorted(found, key=lambda row: float(row["ratio"] or 0))
+    return sorted(found, key=lambda row: row["ratio"])
 
 
 def goal_row(rows: Sequence[Row], saved: float) -> Row | None:
@@ -59,86 +56,105 @@ def goal_row(rows: Sequence[Row], saved: float) -> Row | None:
 
 
 def budget_table(model: str, rows: Sequence[Row]) -> Table:
-    """By share of saved bytes: ours, healed, the published objective, quantised GQA."""
-    has_goals = any(row["method"] == "ours" for row in rows) and "tiny" not in model
-    table = Table(title=f"{model}: perplexity over the unconverted model's", title_justify="left")
-    columns = ["saved", "rows", "bytes"]
-    columns += ["untrained", "goal", "healed", "goal"] if has_goals else ["untrained"]
-    columns += ["published", "times ours", "best ours", "quantised GQA"]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "rows" else "right", no_wrap=True)
+    """The codec of each goal: ours, healed, and the published objective with the best fold F."""
+    columns = ["saved", "rows", "bytes", "untrained", "goal", "healed", "goal", "published"]
+    table = _table(f"{model}: perplexity / that of the unconverted model", [*columns, "/ ours"])
     for saved in budgets(rows):
-        goals = [f"<= {goal:.2f}" for goal in GOALS.get(saved, ())] or ["", ""]
-        ours, healed = goal_row(rows, saved), next(iter(at(rows, "healed", saved)), None)
-        published = next(iter(at(rows, "published", saved)), None)
-        cells = [f"{saved:.0%}", "" if ours is None else str(ours["codec"])]
-        cells.append("" if ours is None else f"{float(ours['bytes_per_token']):,.0f}")
-        untrained = [_with_error(ours)]
-        cells += [*untrained, goals[0], _with_error(healed), goals[1]] if has_goals else untrained
-        cells.append(f"{_with_error(published)} F={published['fold']}" if published else "")
-        times = float(published["ratio"]) / float(ours["ratio"]) if published and ours else None
-        cells.append("" if times is None else f"{times:.2f}")
-        best = [*within(rows, "ours", saved)][:1]
-        cells.append(f"{_ratio(best[0])} {best[0]['codec']}" if best else "")
-        grouped = within(rows, "grouped", saved)[:1]
-        cells.append(f"{_ratio(grouped[0])} {grouped[0]['codec']}" if grouped else "")
-        table.add_row(*cells)
+        goals = [f"{goal:.2f}" for goal in GOALS[saved]] if model in HAS_GOALS else ["", ""]
+        ours = goal_row(rows, saved)
+        healed, published = (first(at(rows, name, saved)) for name in ("healed", "published"))
+        both = ours is not None and published is not None
+        table.add_row(
+            f"{saved:.0%}",
+            "" if ours is None else codec_name(ours["codec"]),
+            "" if ours is None else f"{ours['bytes_per_token']:,}",
+            *(_with_error(ours), goals[0], _with_error(healed), goals[1]),
+            f"{_with_error(published)} F={published['fold']}" if published else "",
+            f"{published['ratio'] / ours['ratio']:.2f}" if both and published and ours else "",
+        )
+    return table
+
+
+def winner_table(model: str, rows: Sequence[Row]) -> Table:
+    """The best of each method within the bytes of each budget; the best of all is marked."""
+    methods = {"ours": "converted", "healed": "healed", "published": "published"}
+    methods["grouped"] = "quantised GQA"
+    table = _table(f"{model}: the best within those bytes", ["saved", "bytes", *methods.values()])
+    for saved in budgets(rows):
+        best = {method: first(within(rows, method, saved)) for method in methods}
+        least = min((row["ratio"] for row in best.values() if row is not None), default=None)
+        room = (1 - saved) * rows[0]["original_bytes"]
+        cells = [
+            ""
+            if row is None
+            else f"{_ratio(row)} {codec_name(row['codec'])}{' *' if row['ratio'] == least else ''}"
+            for row in best.values()
+        ]
+        table.add_row(f"{saved:.0%}", f"{room:,.0f}", *cells)
+    table.caption, table.caption_justify = "* the best of all", "left"
     return table
 
 
 def codec_table(model: str, rows: Sequence[Row]) -> Table:
-    """Ours by codec and share of saved bytes; 1.000 of bytes means nothing was cut but digits."""
-    codecs = list(dict.fromkeys(str(row["codec"]) for row in rows if row["method"] == "ours"))
-    table = Table(title=f"{model}: untrained, by budget and codec", title_justify="left")
-    table.add_column("rows", no_wrap=True)
-    for saved in budgets(rows):
-        table.add_column(f"{saved:.0%} saved", justify="right", no_wrap=True)
+    """Ours by codec and share of saved bytes, with the share of numbers that is left."""
+    codecs = list(dict.fromkeys(row["codec"] for row in rows if row["method"] == "ours"))
+    shares = [f"{saved:.0%} saved" for saved in budgets(rows)]
+    table = _table(f"{model}: untrained, by codec (numbers left)", ["rows", *shares])
     for codec in codecs:
         cells = []
         for saved in budgets(rows):
-            found = [row for row in at(rows, "ours", saved) if row["codec"] == codec]
-            cells.append(
-                f"{_ratio(found[0])} ({float(found[0]['kv_budget']):.0%})" if found else ""
-            )
-        table.add_row(codec, *cells)
-    table.caption = "in brackets: cached numbers that are left; empty: as at the next larger share"
+            row = first([row for row in at(rows, "ours", saved) if row["codec"] == codec])
+            cells.append("" if row is None else f"{_ratio(row)} ({row['kv_budget']:.0%})")
+        table.add_row(codec_name(codec), *cells)
+    table.caption = "empty: full rank fits a larger share too, or nothing that was tried fits"
     table.caption_justify = "left"
     return table
 
 
-def sentences(model: str, rows: Sequence[Row]) -> list[str]:
-    """Who wins at each budget, and where absorbed decoding computes less."""
+def arithmetic_lines(rows: Sequence[Row]) -> list[str]:
+    """Where absorbed decoding computes less, from the smallest to the largest share of bytes."""
     found = []
-    for saved in budgets(rows):
-        rivals = [
-            row
-            for method in ("ours", "healed", "published", "grouped")
-            for row in within(rows, method, saved)[:1]
-        ]
-        if len({row["method"] for row in rivals}) > 1:
-            best = min(rivals, key=lambda row: float(row["ratio"]))
-            name = "the quantised GQA cache" if best["method"] == "grouped" else best["method"]
+    for row in rows:
+        if row["method"] == "ours" and row["codec"] == "plain":
+            tokens = row["crossover_tokens"]
+            where = "no crossover" if tokens is None else f"crossover at {tokens:,.0f} tokens"
             found.append(
-                f"{model}, {saved:.0%} saved: {name} wins with {_ratio(best)}, "
-                f"rows {best['codec']}, {float(best['bytes_per_token']):,.0f} bytes."
+                f"{row['model']}, {row['saved']:.0%} saved: decoding takes "
+                f"{row['per_key_times']:.1f} times the multiply-adds of the original for each "
+                f"cached token; {where}."
             )
-    for saved in budgets(rows):
-        ours = goal_row(rows, saved)
-        if ours is not None and ours.get("per_key_times") is not None:
-            tokens = ours["crossover_tokens"]
-            where = (
-                "no crossover" if tokens is None else f"crossover at {float(tokens):,.0f} tokens"
-            )
-            found.append(
-                f"{model}, {saved:.0%} saved: decoding takes {float(ours['per_key_times']):.1f} "
-                f"times the multiply-adds of the original for each cached token; {where}."
-            )
-    return found
+    return [
+        *found,
+        "Measured speed at 4096 tokens, converted against original: `make demo` and the rows "
+        "smollm2 of `python -m benchmarks.bench_models`.",
+    ]
+
+
+def first(rows: Sequence[Row]) -> Row | None:
+    """The first row; None where there is none."""
+    return rows[0] if rows else None
+
+
+def codec_name(spec: str) -> str:
+    """A codec in few letters: ``int8`` has rope in 16 bits, ``int8 r8`` in 8."""
+    if spec == "plain":
+        return "bf16"
+    kind, *options = spec.split("/")
+    if len(options) < 3:  # of a grouped cache: bits and group
+        return "/".join([kind, *options])
+    return f"{kind} r8" if options[1] == "8" else kind
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "rows" else "right", no_wrap=True)
+    return table
 
 
 def _ratio(row: Row) -> str:
-    return f"{float(row['ratio']):.3f}"
+    return f"{row['ratio']:.3f}"
 
 
 def _with_error(row: Row | None) -> str:
-    return "" if row is None else f"{_ratio(row)} +- {float(row['ratio_error']):.3f}"
+    return "" if row is None else f"{_ratio(row)} +-{row['ratio_error']:.3f}"
