@@ -38,7 +38,9 @@ def layer_tasks(original: Any, windows: Tensor) -> Iterator[LayerTask]:
 
 def _next_task(stream: LayerStream) -> LayerTask:
     """Take the stream through its next layer and keep what the attention read and wrote."""
-    inputs, outputs, weights = [], [], []
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    weights: list[Tensor] = []
 
     def observe(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x, y = args[0] if args else kwargs["hidden_states"], output[0]
