@@ -147,7 +147,7 @@ def cluster(options: argparse.Namespace) -> Iterator[None]:
     except Exception as error:  # Ray raises plain ones
         what = "Ray did not start" if options.address is None else f"--address {options.address}"
         raise CommandError(f"{what}: {one_line(error)}") from error
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what ends a run is said below
     ray.data.DataContext.get_current().enable_progress_bars = False  # the reports are ours
     has = ray.cluster_resources()
     print(

@@ -16,6 +16,7 @@ from mutants_ops import MUTANTS as BREAKS_OF_OPS
 from mutants_paged import MUTANTS as BREAKS_OF_PAGES
 from mutants_parallel import MUTANTS as BREAKS_OF_PARALLEL
 from mutants_plan import MUTANTS as BREAKS_OF_PLAN
+from mutants_ray import MUTANTS as BREAKS_OF_RAY
 from mutants_transformers import MUTANTS as BREAKS_OF_TRANSFORMERS
 from mutants_vllm import MUTANTS as BREAKS_OF_VLLM
 
@@ -50,6 +51,7 @@ MUTANTS: list[Mutant] = [
     *BREAKS_OF_PLAN,
     *BREAKS_OF_CONTEXT,
     *BREAKS_OF_PARALLEL,
+    *BREAKS_OF_RAY,
     *BREAKS_OF_BASELINES,
     *BREAKS_OF_BENCHMARKS,
     Mutant(
