@@ -83,8 +83,8 @@ MUTANTS: list[Mutant] = [
         name="heal-keeps-a-layer-that-got-worse",
         file=f"{FOLDER}/heal_match.py",
         original="if not after < before:  # NaN included",
-        broken="if after > 2 * before:",
-        tests=(f"{HEAL}::test_a_loss_that_is_no_number_ends_it",),
+        broken="if after < before:",
+        tests=(f"{HEAL}::test_a_layer_that_got_worse_is_put_back",),
     ),
     Mutant(
         name="heal-resumes-the-healing-of-another-text",

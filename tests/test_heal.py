@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 from mla.integrations.converted import load_converted, save_converted
 from mla.integrations.converted.heal import HealOptions, heal
-from mla.integrations.converted.heal_match import layer_tasks
+from mla.integrations.converted.heal_match import layer_tasks, match_layer
 
 
 def logits(model, ids):
@@ -137,6 +137,21 @@ def test_matching_brings_every_layer_closer_on_held_out_windows():
     assert all(0 < layer.after < layer.before for layer in report.layers)
     # The first measure is that after matching, and matching is kept only if it helped.
     assert report.held_out[0].divergence <= report.divergence_before
+
+
+def test_a_layer_that_got_worse_is_put_back():
+    original, conversion = converted_pair()
+    attention = conversion.model.model.layers[0].self_attn.mla
+    start = [x.detach().clone() for x in attention.parameters()]
+    matched = match_layer(
+        *(attention, next(layer_tasks(original, WINDOWS))),
+        held_out=2,
+        steps=2,
+        optimizer=torch.optim.SGD(attention.parameters(), lr=1e6),
+        set_rate=lambda optimizer, step: None,
+    )
+    assert matched.after == matched.before > 0
+    assert same_bits([x.detach() for x in attention.parameters()], start)
 
 
 def test_the_best_weights_are_kept():
