@@ -118,4 +118,4 @@ def test_a_part_that_always_kills_its_worker_ends_the_run(model_folder, tmp_path
     output, error = process.communicate(timeout=400)
     assert process.returncode == 1, error
     assert error.splitlines()[-1].startswith("ray_generate: failed: Ray has given up"), error
-    assert output == "" and not out.exists()
+    assert "ray_generate" not in output and not out.exists()  # Ray itself says that a worker died
