@@ -4,6 +4,7 @@ from tools.mutants import Mutant
 
 DEEPSEEK = "tests/test_convert_deepseek.py"
 ALLOCATE = "tests/test_convert_allocate.py"
+REFIT = "tests/test_convert_refit.py"
 FOLDERS = "tests/test_convert_deepseek_folders.py"
 FULL_RANK = f"{DEEPSEEK}::test_full_rank_gives_the_logits_and_tokens_of_the_original"
 BUDGET = f"{DEEPSEEK}::test_a_budget_gives_the_logits_of_the_conversion"
@@ -106,5 +107,19 @@ MUTANTS: list[Mutant] = [
         original="seen.append((hidden, kwargs))",
         broken='seen.append((hidden, kwargs | {"attention_mask": None}))',
         tests=(f"{ALLOCATE}::test_layers_see_what_they_see_in_the_whole_model[eager-llama]",),
+    ),
+    Mutant(
+        name="refit-takes-what-does-worse",
+        file="mla/convert/refit.py",
+        original="if error < best:",
+        broken="if error < best or candidate == RIDGES[0]:",
+        tests=(f"{REFIT}::test_the_best_ridge_on_held_out_windows",),
+    ),
+    Mutant(
+        name="refit-writes-into-the-original",
+        file="mla/integrations/converted/refit.py",
+        original="projection.weight.data = result.weight  #",
+        broken="projection.weight.copy_(result.weight)  #",
+        tests=(f"{REFIT}::test_layers_gain_and_the_original_keeps_every_bit[llama]",),
     ),
 ]

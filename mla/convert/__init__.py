@@ -12,6 +12,7 @@ Files, in the order of the method:
     latent.py      one latent for the unrotated keys and the values
     gqa.py         all of it: `gqa_to_mla`
     allocate.py    a budget shared among layers by measured errors
+    refit.py       output projections fitted to the original's outputs
     survey.py      what was learnt about the layers, in memory or in a folder
     published.py   a method from the literature, to compare with
     deepseek.py    one layout for all layers: that of DeepSeek-V3

@@ -14,6 +14,7 @@ Files:
     calibrate.py  what is measured of every layer meanwhile
     layer.py      a converted layer under transformers' calling convention
     model.py      convert, build, save, load
+    refit.py      output projections fitted to the original's outputs
     coded.py      the quality of 8- and 4-bit rows
     deepseek.py   a converted model as a stock `DeepseekV3ForCausalLM`
     heal.py       a short distillation of the converted attention; heal_*.py are its parts
@@ -38,6 +39,7 @@ from mla.integrations.converted.model import (
     load_converted,
     save_converted,
 )
+from mla.integrations.converted.refit import refit_model
 
 __all__ = [
     "Conversion",
@@ -57,6 +59,7 @@ __all__ = [
     "heal",
     "load_converted",
     "read_host",
+    "refit_model",
     "save_converted",
     "survey_model",
     "through_codec",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig
 
+from mla.checks import ShapeError
 from mla.convert import FitReport, gqa_to_mla
 from mla.convert.allocate import allocate
 from mla.convert.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -49,7 +50,7 @@ def convert_model(
     model: Any,
     windows: Tensor,
     *,
-    kv_budget: float | tuple[int, int] = 0.75,
+    kv_budget: float | tuple[int, int] | list[tuple[int, int]] = 0.75,
     layout: Layout = "free",
     objective: Objective = "output",
     survey: Survey | None = None,
@@ -66,8 +67,8 @@ def convert_model(
     Args:
         model: a causal language model of transformers (Llama, Mistral, Qwen2).
         windows: ``[W, T]`` token ids of text like that to be read, see `survey_model`.
-        kv_budget: share of the cached numbers to keep, all layers together; or (R, C) for every
-            layer.
+        kv_budget: share of the cached numbers to keep, all layers together; (R, C) for every
+            layer; or a list of them, one for each layer.
         layout: "free": sizes and frequencies of each layer's own; "deepseek_v3": those that
             `export_deepseek_v3` can write, the same in all layers.
         objective: "output": the error of each layer's output; "published": that of its keys and
@@ -96,6 +97,12 @@ def convert_model(
             f"one of {list(get_args(Objective))}, the last for the free layout only"
         )
     is_measured = layout == "free" and objective == "output"
+    if isinstance(kv_budget, list) and (len(kv_budget) != host.num_layers or not is_measured):
+        raise ShapeError(
+            f"convert_model: kv_budget has {len(kv_budget)} pairs with layout={layout!r} and "
+            f"objective={objective!r}, expected {host.num_layers}, one for each layer, for the "
+            "free layout and our objective"
+        )
     if survey is None:
         budgets = []
         if isinstance(kv_budget, float) and kv_budget < 1.0 and is_measured:
@@ -109,6 +116,7 @@ def convert_model(
     frequencies = None
     if layout == "deepseek_v3":
         layers = [(w, layer.moments) for w, layer in zip(weights, survey, strict=True)]
+        assert not isinstance(kv_budget, list)
         shared = shared_layout(layers, kv_budget=kv_budget, progress=layout_progress, **host.shape)
         sizes, frequencies = [shared.sizes] * len(layers), shared.rotated_frequencies
     elif is_measured:
@@ -141,12 +149,12 @@ def convert_model(
     return Conversion(build_model(checkpoint), checkpoint.reports)
 
 
-def _sizes(
-    survey: Survey, kv_budget: float | tuple[int, int], host: HostAttention
-) -> list[tuple[int, int]]:
+def _sizes(survey: Survey, kv_budget: Any, host: HostAttention) -> list[tuple[int, int]]:
     """(R, C) of each layer, so that all together keep ``kv_budget`` of the cached numbers."""
     if isinstance(kv_budget, tuple):
         return [kv_budget] * len(survey)
+    if isinstance(kv_budget, list):
+        return kv_budget
     half = host.num_kv_heads * host.head_dim
     if kv_budget == 1.0:
         return [(half, half)] * len(survey)
