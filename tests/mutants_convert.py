@@ -118,8 +118,8 @@ MUTANTS: list[Mutant] = [
     Mutant(
         name="refit-writes-into-the-original",
         file="mla/integrations/converted/refit.py",
-        original="projection.weight.data = result.weight  #",
-        broken="projection.weight.copy_(result.weight)  #",
+        original="projection.weight.data = result.weight",
+        broken="projection.weight.copy_(result.weight)",
         tests=(f"{REFIT}::test_layers_gain_and_the_original_keeps_every_bit[llama]",),
     ),
 ]

@@ -101,7 +101,8 @@ def _refit_layer(layer: Any, original: LayerStream, converted: LayerStream) -> R
     finally:
         handle.remove()
     result = total.solve(projection.weight, projection.bias)
-    projection.weight.data = result.weight  # the original may share the storage of the old one
+    # Not in place: the original may share the storage of the old one.
+    projection.weight.data = result.weight
     projection.bias.data = result.bias
     converted.advance(lambda *call: None, progress=lambda done: None)
     return result
