@@ -22,20 +22,16 @@ from mla.codec import Codec
 from mla.config import MLAConfig
 from mla.convert import token_losses
 from mla.convert.allocate import allocate
-from mla.convert.checkpoint import Checkpoint
 from mla.convert.choose import size_step
-from mla.convert.published import published_layer
 from mla.convert.survey import Survey
 from mla.integrations.converted import (
-    build_model,
     coded_rows,
     convert_model,
     read_host,
     survey_model,
 )
 from mla.integrations.converted.heal import HealOptions, heal
-from mla.integrations.converted.hosts import attention_weights, decoder_layers
-from mla.integrations.converted.model import stored_tensors
+from mla.integrations.converted.hosts import decoder_layers
 from mla.integrations.converted.quantised_gqa import GroupedCodec, quantised_rows
 from mla.plan import grouped_bytes_per_token
 
@@ -216,32 +212,15 @@ class Lab:
 
     def published_model(self, sizes: tuple[int, int], fold: int) -> Any:
         """The published objective with (R, C) in all layers."""
-        names = {id(module): name for name, module in self.model.named_modules()}
-        tensors, configs, reports = stored_tensors(self.model), [], []
-        for index, layer in enumerate(decoder_layers(self.model)):
-            converted = published_layer(
-                attention_weights(layer.self_attn),
-                self.survey[index].moments,
-                kv_budget=sizes,
-                fold=fold,
-                **self.host.shape,
-            )
-            prefix = names[id(layer.self_attn)] + "."
-            tensors = {name: x for name, x in tensors.items() if not name.startswith(prefix)}
-            tensors |= {f"{prefix}mla.{name}": x for name, x in converted.state_dict.items()}
-            configs.append(converted.config)
-            reports.append(converted.report)
-            self.progress("published objective", index + 1, self.host.num_layers)
-        host_config = self.model.config.to_dict()
-        return build_model(
-            Checkpoint(
-                host_config={k: v for k, v in host_config.items() if k != "dtype"},
-                generation_config=self.model.generation_config.to_dict(),
-                layers=tuple(configs),
-                reports=tuple(reports),
-                tensors=tensors,
-            )
-        )
+        return convert_model(
+            self.model,
+            self.calibration,
+            kv_budget=sizes,
+            objective="published",
+            fold=fold,
+            survey=self.survey,
+            convert_progress=lambda done, total: self.progress("published objective", done, total),
+        ).model
 
     def _losses(self, model: Any, what: str) -> Tensor:
         return token_losses(

@@ -288,20 +288,25 @@ class MultiheadLatentAttention(nn.Module):
 
     def _absorbed(self, query: Tensor, view: CacheView, query_lengths: Tensor | None) -> Tensor:
         """Values ``[B, L, H, V]`` by absorbed attention."""
+        q_latent, q_rope, w_uv = self._absorb(query)
+        result = mla_decode(
+            q_latent,
+            q_rope,
+            view,
+            scale=self.config.scale,
+            query_lengths=query_lengths,
+            impl=preferred(self.impl, "mla_decode"),
+        )
+        return absorb_output(result.out, w_uv)
+
+    def _absorb(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, L, H, C]`` and ``[B, L, H, R]``, and W_UV ``[H, V, C]`` for the output."""
         config = self.config
         N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         q_nope, q_rope = query.split([N, R], dim=-1)
         weight = effective_weight(self.kv_b_proj).to(query.dtype)
         w_uk, w_uv = split_kv_b(weight, query.shape[2], N, V)
-        result = mla_decode(
-            absorb_queries(q_nope, w_uk),
-            q_rope,
-            view,
-            scale=config.scale,
-            query_lengths=query_lengths,
-            impl=preferred(self.impl, "mla_decode"),
-        )
-        return absorb_output(result.out, w_uv)
+        return absorb_queries(q_nope, w_uk), q_rope, w_uv
 
     def _check_rows(self, weight: Tensor, query: Tensor) -> None:
         """Engines that shard parameters may have gathered those of the queries alone."""

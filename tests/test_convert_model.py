@@ -225,3 +225,5 @@ def test_the_published_objective_is_exact_in_full_and_keeps_the_layers_alike_oth
     assert {(report.rope_dim, report.latent_dim) for report in half.reports} == {(8, 8)}
     with pytest.raises(ValueError, match="objective has value 'published' with layout='deep"):
         convert_model(model, windows, objective="published", layout="deepseek_v3")
+    with pytest.raises(ValueError, match="fold has value 2, expected 1 for our objective"):
+        convert_model(model, windows, fold=2)

@@ -19,7 +19,7 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mla.absorb import absorb_queries, effective_weight, expansion, split_kv_b
+from mla.absorb import expansion
 from mla.cache import LatentCache
 from mla.checks import ShapeError, UnsupportedError
 from mla.module import Angles, MultiheadLatentAttention
@@ -123,16 +123,12 @@ class _ContextParallel(MultiheadLatentAttention):
         return result.out
 
     def _absorbed(self, query: Tensor, view: CacheView, query_lengths: Tensor | None) -> Tensor:
-        config = self.config
-        N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        q_nope, q_rope = query.split([N, R], dim=-1)
-        weight = effective_weight(self.kv_b_proj).to(query.dtype)
-        w_uk, w_uv = split_kv_b(weight, query.shape[2], N, V)
+        q_latent, q_rope, w_uv = self._absorb(query)
         result = context_decode(
-            absorb_queries(q_nope, w_uk),
+            q_latent,
             q_rope,
             view,
-            scale=config.scale,
+            scale=self.config.scale,
             group=self._context_group,
             w_uv=w_uv,
             query_lengths=query_lengths,

@@ -53,6 +53,7 @@ def convert_model(
     kv_budget: float | tuple[int, int] | list[tuple[int, int]] = 0.75,
     layout: Layout = "free",
     objective: Objective = "output",
+    fold: int = 1,
     survey: Survey | None = None,
     folder: Path | None = None,
     calibrate_progress: Progress | None = None,
@@ -72,8 +73,10 @@ def convert_model(
         layout: "free": sizes and frequencies of each layer's own; "deepseek_v3": those that
             `export_deepseek_v3` can write, the same in all layers.
         objective: "output": the error of each layer's output; "published": that of its keys and
-            values, every layer alike, for comparison (`mla.convert.published`, without folding).
-        survey: of `survey_model` with this ``kv_budget`` among others; None: made here.
+            values, every layer alike, for comparison (`mla.convert.published`).
+        fold: of the published objective, see `mla.convert.published.published_layer`; else 1.
+        survey: of `survey_model` with this ``kv_budget`` among others, ``windows`` are not
+            read again; None: made here.
         folder: for the survey, which then goes on after an interruption; None: in memory.
         calibrate_progress: called after each window of each layer.
         layout_progress: called after each fit of a layer while a common layout is sought.
@@ -96,6 +99,8 @@ def convert_model(
             f"convert_model: objective has value {objective!r} with layout={layout!r}, expected "
             f"one of {list(get_args(Objective))}, the last for the free layout only"
         )
+    if fold != 1 and objective != "published":
+        raise ValueError(f"convert_model: fold has value {fold}, expected 1 for our objective")
     is_measured = layout == "free" and objective == "output"
     if isinstance(kv_budget, list) and (len(kv_budget) != host.num_layers or not is_measured):
         raise ShapeError(
@@ -127,7 +132,7 @@ def convert_model(
     for index, layer in enumerate(decoder_layers(model)):
         moments, shape = survey[index].moments, {"kv_budget": sizes[index], **host.shape}
         if objective == "published":
-            converted = published_layer(weights[index], moments, **shape)
+            converted = published_layer(weights[index], moments, fold=fold, **shape)
         else:
             converted = gqa_to_mla(
                 weights[index], moments, rotated_frequencies=frequencies, **shape
